@@ -1,0 +1,38 @@
+# Every target does its own set-up on a bare Python 3.11 or 3.12 with pip.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRA ?= cpu
+UV := 0.13.9
+
+.PHONY: setup demo real ui test lint bench clean
+
+setup: $(VENV)/.ready-$(EXTRA)
+
+# torch's CPU build comes from PIP_FIND_LINKS where a machine sets it, else from PyTorch's own index.
+$(VENV)/.ready-$(EXTRA): requirements-$(EXTRA).lock
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Python 3.11 or 3.12 is needed, this is {v}; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==$(UV)
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python \
+		$(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",$(if $(filter cpu,$(EXTRA)),--torch-backend cpu)) $<
+	rm -f $(VENV)/.ready-* && touch $@
+
+demo: setup
+	$(BIN)/python -m flows.recover demo-cpu
+
+real: setup
+	$(BIN)/python -m flows.recover smollm2-135m
+
+ui: setup
+	$(BIN)/python -m deployments.local
+
+test: setup lint
+	$(BIN)/python -m pytest -q tests
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .local

@@ -1,0 +1,135 @@
+"""The pipeline as values: every stage of a run with its key, before anything runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from tasks.domain.errors import ConfigError
+from tasks.domain.recipe import Preset
+from tasks.domain.stage import Stage
+from tasks.store.sources import benchmark_identity, model_identity, table_identity
+
+ARMS = {"sft": "reference", "sdd": "answer"}  # arm -> field of a row that it is trained on
+ROLES = ("unpruned", "pruned", *ARMS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages of a run. `scores` maps role -> task -> stage; `benchmarks` is None where no wheel has the items."""
+
+    model: Stage
+    rows: Stage
+    benchmarks: Stage | None
+    distances: Stage
+    pruned: Stage
+    distilled: Stage
+    adapters: dict[str, Stage]
+    merged: dict[str, Stage]
+    scores: dict[str, dict[str, Stage]]
+
+    def stages(self) -> Iterator[tuple[str, Stage]]:
+        """Every stage with a name for people, in the order of the pipeline."""
+        yield "model", self.model
+        yield "rows", self.rows
+        if self.benchmarks:
+            yield "benchmarks", self.benchmarks
+        yield "score", self.distances
+        yield "prune", self.pruned
+        yield "distil", self.distilled
+        for arm in ARMS:
+            yield f"finetune {arm}", self.adapters[arm]
+            yield f"merge {arm}", self.merged[arm]
+        for role in ROLES:
+            for task, stage in self.scores[role].items():
+                yield f"evaluate {role} {task}", stage
+
+
+def build_plan(preset: Preset) -> Plan:
+    """Derive the stages of a preset; resolves hub revisions and digests of local data, and runs nothing."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", preset.model.id.split("/")[-1].lower()).strip("-")
+    cut = f"{slug}-n{preset.prune.blocks}"
+    transformers = library_versions("transformers")
+
+    model = Stage("model", 1, {**model_identity(preset.model), **transformers}, slug=slug)
+    rows = Stage("rows", 1, _rows_recipe(preset), slug="-".join(dict.fromkeys(s.name for s in preset.dataset.sources)))
+    distances = Stage(
+        "score", 1,
+        {**preset.score.model_dump(mode="json", exclude={"calibration"}), **transformers,
+         "calibration": {
+             **table_identity(preset.score.calibration),
+             **preset.score.calibration.model_dump(mode="json", include={"fields", "samples", "length", "seed"}),
+         }},
+        {"model": model}, slug,
+    )  # fmt: skip
+    pruned = Stage("prune", 1, preset.prune.model_dump(mode="json"), {"model": model, "score": distances}, cut)
+    distilled = Stage(
+        "distil", 1,
+        {**preset.distil.model_dump(mode="json"), "messages": preset.distil.messages(), **library_versions("vllm")},
+        {"model": model, "rows": rows}, slug,
+    )  # fmt: skip
+    adapters = {
+        arm: Stage(
+            "finetune", 1,
+            {**preset.finetune.model_dump(mode="json"), **transformers, **library_versions("peft"), "answers": answers},
+            {"pruned": pruned, "distilled": distilled}, f"{cut}-{arm}",
+        )
+        for arm, answers in ARMS.items()
+    }  # fmt: skip
+    merged = {
+        arm: Stage("merge", 1, library_versions("peft"), {"pruned": pruned, "adapter": adapter}, f"{cut}-{arm}")
+        for arm, adapter in adapters.items()
+    }
+    benchmarks = None
+    if preset.evaluate.benchmarks is not None:
+        recipe = benchmark_identity(preset.evaluate, "all")
+        benchmarks = Stage("benchmarks", 1, recipe, slug="held-out-shots")
+    checkpoints = {"unpruned": (slug, model), "pruned": (cut, pruned)} | {
+        arm: (f"{cut}-{arm}", stage) for arm, stage in merged.items()
+    }
+    scores = {
+        role: {
+            task: Stage("evaluate", 1, _task_recipe(preset, task), {"checkpoint": checkpoint}, f"{name}-{task.replace('_', '-')}")
+            for task in preset.evaluate.tasks
+        }
+        for role, (name, checkpoint) in checkpoints.items()
+    }
+    return Plan(model, rows, benchmarks, distances, pruned, distilled, adapters, merged, scores)
+
+
+def _rows_recipe(preset: Preset) -> dict[str, Any]:
+    origin = {"path", "file", "hub", "revision"}
+    sources = [
+        {**table_identity(source), **source.model_dump(mode="json", exclude=origin)} for source in preset.dataset.sources
+    ]
+    return {"seed": preset.dataset.seed, "sources": sources}
+
+
+def _task_recipe(preset: Preset, task: str) -> dict[str, Any]:
+    settings = preset.evaluate
+    recipe = settings.model_dump(mode="json", include={"backend", "dtype", "max_length", "seed"})
+    if task == "gsm8k":
+        recipe["max_generated"] = settings.max_generated
+    engine = "vllm" if settings.backend == "vllm" else "transformers"
+    return {
+        "task": task, **settings.tasks[task].model_dump(mode="json"), **recipe,  # type: ignore[index]
+        "items": benchmark_identity(settings, task), **library_versions("lm-eval", engine),
+    }  # fmt: skip
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Installed versions of the libraries that change a stage's result; the CPU build stands in for vllm."""
+    found = {}
+    for name in names:
+        for distribution in (name, f"{name}-cpu"):
+            try:
+                found[f"{name}_version"] = version(distribution)
+                break
+            except PackageNotFoundError:
+                continue
+        else:
+            raise ConfigError(f"{name} is not installed; install this project with its extra cpu or gpu")
+    return found

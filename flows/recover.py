@@ -1,0 +1,133 @@
+"""Prune a language model and bring its quality back by self-data distillation (arXiv 2410.09982).
+
+    python -m flows.recover PRESET [--set dotted.key=value ...] [--plan]
+
+Score every span of decoder blocks, remove the least important one, let the unpruned model rewrite the
+fine-tuning answers, fine-tune the pruned model on them (SDD) and, as the control, on the originals (SFT),
+and measure on the OpenLLM Leaderboard v1 how much of the quality came back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from deployments.local import environment
+from flows.plan import ARMS, Plan, build_plan
+from tasks.algorithms.prune_plan import layers_of
+from tasks.benchmarks import load_benchmarks
+from tasks.distil import distil
+from tasks.domain.errors import PipelineError
+from tasks.domain.recipe import Preset, load_preset
+from tasks.domain.span import Span
+from tasks.evaluate import evaluate
+from tasks.finetune import finetune, merge
+from tasks.model import resolve_model
+from tasks.policies import provide_engine_slots
+from tasks.prune import prune
+from tasks.report import write_report
+from tasks.rows import draw, load_rows
+from tasks.score import score_blocks
+from tasks.store.artifacts import ArtifactStore
+from tasks.store.sources import model_config
+
+
+@flow(
+    name="recover",
+    flow_run_name="{preset.model.id} minus {preset.prune.blocks} blocks ({preset.name})",
+    task_runner=ThreadPoolTaskRunner(max_workers=8),
+    persist_result=False,
+)
+def recover(preset: Preset) -> str:
+    """Run the whole method; returns the folder of the report."""
+    started = datetime.now(UTC)
+    check(preset)
+    plan, runtime = build_plan(preset), preset.runtime
+    provide_engine_slots(runtime.engines)
+
+    model = resolve_model.submit(plan.model, preset.model, runtime)
+    rows = load_rows.submit(plan.rows, preset.dataset)
+    items = load_benchmarks.submit(plan.benchmarks, preset.evaluate.benchmarks) if plan.benchmarks else None
+
+    distances = score_blocks.submit(plan.distances, model, preset.score, runtime)
+    pruned = prune.submit(plan.pruned, model, distances, preset.prune, runtime)
+    distilled = distil.submit(plan.distilled, model, rows, preset.distil, runtime)
+    checkpoints = {"unpruned": model, "pruned": pruned}
+    adapters: dict[str, PrefectFuture[Any]] = {}
+    for arm in ARMS:
+        adapters[arm] = finetune.submit(plan.adapters[arm], pruned, distilled, preset.finetune, runtime)
+        checkpoints[arm] = merge.submit(plan.merged[arm], pruned, adapters[arm], runtime)
+    scores = {
+        role: evaluate.submit(role, plan.scores[role], checkpoint, items, preset.evaluate, runtime)
+        for role, checkpoint in checkpoints.items()
+    }
+
+    results = {role: future.result() for role, future in scores.items()}
+    futures = {"model": model, "rows": rows, "benchmarks": items, "score": distances, "prune": pruned, "distil": distilled}
+    futures |= {f"finetune {arm}": adapters[arm] for arm in ARMS} | {f"merge {arm}": checkpoints[arm] for arm in ARMS}
+    stages = {name: future.result() for name, future in futures.items() if future is not None}
+    stages |= {f"evaluate {role} {task}": ref for role, refs in results.items() for task, ref in refs.items()}
+    return write_report(preset, {name: stages[name] for name, _ in plan.stages()}, results, started)
+
+
+def check(preset: Preset) -> None:
+    """Refuse within seconds what cannot end well: store, model, number of blocks, dataset columns."""
+    store = ArtifactStore.from_environment()
+    store.check()
+    plan = build_plan(preset)
+    if manifest := store.find(plan.model):
+        layers = manifest.facts["layers"]
+    else:
+        layers = layers_of(model_config(preset.model))
+    Span(0, preset.prune.blocks, layers)
+    if store.find(plan.rows) is None:
+        for source in preset.dataset.sources:
+            next(draw(source, preset.dataset.seed))
+
+
+def print_plan(plan: Plan) -> None:
+    """Every stage with its key and hit or miss; on a miss, what changed since the newest artifact of its kind."""
+    store = ArtifactStore.from_environment()
+    store.check()
+    for name, stage in plan.stages():
+        if store.find(stage):
+            print(f"hit   {name:32} {stage.address}")
+            continue
+        changes = store.newest_change(stage)
+        why = "first of its kind" if changes is None else "; ".join(changes[:4]) or "same recipe, other slug"
+        print(f"miss  {name:32} {stage.address}  ({why})")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m flows.recover", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("preset", help="name of a file in deployments/presets/, or a path to one")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="dotted.key=value")
+    parser.add_argument("--plan", action="store_true", help="print every stage with hit or miss, and run nothing")
+    options = parser.parse_args()
+    started = time.monotonic()
+    try:
+        preset = load_preset(options.preset, tuple(options.overrides))
+        with environment(prefect=not options.plan):
+            if options.plan:
+                print_plan(build_plan(preset))
+                return 0
+            check(preset)
+            folder = recover(preset)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    logging.getLogger(__name__).info("finished in %.0f s", time.monotonic() - started)
+    print(f"report: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

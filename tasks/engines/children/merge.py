@@ -1,0 +1,49 @@
+"""Adapter + pruned checkpoint -> one plain checkpoint, merged in float32 and cast once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tasks.domain.errors import GateError
+from tasks.engines.children.border import Report, serve
+
+MAX_RELATIVE_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.1}
+PROBE_TOKENS = 48
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md")
+
+
+def merge(request: dict[str, Any], out: Path, report: Report) -> None:
+    """request: checkpoint, adapter. Raises GateError when the reloaded merge does not compute what the adapter did."""
+    base = AutoModelForCausalLM.from_pretrained(request["checkpoint"], dtype="auto")
+    dtype = base.dtype
+    probe = torch.randint(
+        0, base.get_input_embeddings().num_embeddings, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+    model = PeftModel.from_pretrained(base.float(), request["adapter"]).eval()
+    with torch.inference_mode():
+        expected = model(input_ids=probe).logits
+        report(0.3, "merging")
+        model.merge_and_unload().to(dtype).save_pretrained(out)
+        shutil.copytree(
+            request["checkpoint"], out, ignore=shutil.ignore_patterns(*WEIGHTS, "span.json"), dirs_exist_ok=True
+        )
+        report(0.7, "reloading")
+        merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        difference = float((merged(input_ids=probe).logits - expected).abs().max() / expected.abs().max())
+    allowed = MAX_RELATIVE_DIFFERENCE[str(dtype).removeprefix("torch.")]
+    if not difference <= allowed:
+        raise GateError(f"merged logits differ from the adapter's by {difference:.2e} of their size (allowed: {allowed})")
+    tied = bool(merged.config.tie_word_embeddings)
+    same = merged.get_input_embeddings().weight.data_ptr() == merged.get_output_embeddings().weight.data_ptr()
+    if tied and not same:
+        raise GateError("the merged checkpoint lost the tie between its input and output embeddings")
+
+
+if __name__ == "__main__":
+    serve(merge)

@@ -1,0 +1,49 @@
+"""The harness's vLLM backend, reading the prefix cache in multiple-choice tasks too.
+
+The choices of an item share its context, and the items of a subject their few-shot examples; yet vLLM computes
+every prompt whole once log-probabilities of the prompt are asked for, since it has none for cached tokens. The
+harness only looks at the continuation's, so the context may come from the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.models.vllm_causallms import VLLM
+from vllm import SamplingParams
+
+Tokens = tuple[int, ...]
+
+
+class PrefixCachedVLLM(VLLM):
+    """Same numbers as VLLM; where the cache reached into a continuation, the request runs again without it."""
+
+    _continuations: dict[Tokens, int]
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        self._continuations = {}
+        for _, context, continuation in requests:
+            prompt = tuple((context + continuation)[-(self.max_length - 1) :])
+            self._continuations[prompt] = max(len(continuation), self._continuations.get(prompt, 0))
+        return super()._loglikelihood_tokens(requests, disable_tqdm)
+
+    def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
+        if generate:
+            return super()._model_generate(requests, generate, sampling_params)
+        outputs = self._score(requests, skip_cache=False)
+        unscored = [
+            index
+            for index, (prompt, output) in enumerate(zip(requests, outputs, strict=True))
+            if output.num_cached_tokens >= len(prompt) - self._continuations[tuple(prompt)]
+        ]
+        if unscored:
+            again = self._score([requests[index] for index in unscored], skip_cache=True)
+            for index, output in zip(unscored, again, strict=True):
+                outputs[index] = output
+        return outputs
+
+    def _score(self, requests: Any, *, skip_cache: bool) -> Any:
+        sampling = SamplingParams(
+            temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False, skip_reading_prefix_cache=skip_cache
+        )
+        return super()._model_generate(requests, True, [sampling] * len(requests))

@@ -1,0 +1,82 @@
+"""The gate before a pruned checkpoint is published: it must be what the plan says, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tasks.domain.errors import GateError
+from tasks.engines.children.blocks import decoder_blocks
+from tasks.engines.children.border import Report, device_of, serve
+
+TOLERANCE = 1e-4  # largest allowed difference of float32 logits
+PROBE_TOKENS = 48
+GENERATED_TOKENS = 12
+
+
+def verify(request: dict[str, Any], _out: Path, report: Report) -> None:
+    """request: original and pruned checkpoints, removed blocks, parameters expected after the cut.
+
+    Checks, each with the measured figure in its GateError: strict reload, parameter count, no NaN, logits equal
+    to the original's with the same blocks bypassed, greedy generation with cache equal to that without.
+    """
+    device = device_of(request["runtime"])
+    pruned, loading = AutoModelForCausalLM.from_pretrained(
+        request["pruned"], dtype=torch.float32, output_loading_info=True
+    )
+    pruned = pruned.to(device).eval()
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[fault]:
+            raise GateError(f"the pruned checkpoint reloads with {fault.replace('_', ' ')}: {sorted(loading[fault])[:5]}")
+    parameters = sum(parameter.numel() for parameter in pruned.parameters())
+    if parameters != request["parameters"]:
+        raise GateError(f"the pruned model has {parameters} parameters, the plan says {request['parameters']}")
+    report(0.4, "reloaded")
+
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = pruned.get_input_embeddings().num_embeddings
+    probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(device)
+    with torch.inference_mode():
+        own = pruned(input_ids=probe, use_cache=False).logits
+        if not torch.isfinite(own).all():
+            raise GateError(f"the pruned model gives {int((~torch.isfinite(own)).sum())} logits that are not finite")
+        original = AutoModelForCausalLM.from_pretrained(request["original"], dtype=torch.float32).to(device).eval()
+        blocks = decoder_blocks(original, original.config.get_text_config().num_hidden_layers)
+        for block in request["removed"]:
+            blocks[block] = _Bypass(blocks[block])
+        bypassed = original(input_ids=probe, use_cache=False).logits
+        difference = float((own - bypassed).abs().max())
+        if difference > TOLERANCE:
+            raise GateError(
+                f"logits of the pruned model differ by {difference:.2e} from the original's with blocks "
+                f"{request['removed']} bypassed (allowed: {TOLERANCE:.0e})"
+            )
+        report(0.8, "logits equal")
+        with_cache, without = (
+            pruned.generate(probe, max_new_tokens=GENERATED_TOKENS, do_sample=False, use_cache=cached, pad_token_id=0)
+            for cached in (True, False)
+        )
+    if not torch.equal(with_cache, without):
+        raise GateError("greedy generation with the key-value cache differs from that without it")
+
+
+class _Bypass(nn.Module):
+    """Hands the state on; keeps the replaced block's attributes, which some models read."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["replaced"] = block  # no submodule: its weights are out of the model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["replaced"], name)
+
+    def forward(self, hidden_states: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return hidden_states
+
+
+if __name__ == "__main__":
+    serve(verify)

@@ -1,0 +1,48 @@
+"""LoRA fine-tuning of the pruned model and the merge of its adapter (paper, section 2.3)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.states import State
+
+from tasks.domain.recipe import Finetune, Runtime
+from tasks.domain.stage import Stage
+from tasks.engines.child import Progress, run_child
+from tasks.materialise import Ref, folder_of, materialise
+from tasks.model import checkpoint_facts
+from tasks.policies import STAGE
+
+
+@task(task_run_name="finetune {stage.slug}", **STAGE)
+def finetune(stage: Stage, pruned: Ref, distilled: Ref, settings: Finetune, runtime: Runtime) -> State[Ref]:
+    """Write the adapter and loss.jsonl. facts: rows, trained tokens, steps. The arm is in the stage's recipe."""
+
+    def produce(out: Path, progress: Progress) -> dict[str, Any]:
+        request = {
+            "checkpoint": str(folder_of(pruned)), "rows": str(folder_of(distilled) / "rows.jsonl"),
+            "answers": stage.recipe["answers"], **settings.model_dump(),
+        }  # fmt: skip
+        run_child("finetune", request, out, runtime, progress)
+        return dict(json.loads((out / "tokens.json").read_text()))
+
+    return materialise(stage, produce, engine=True)
+
+
+@task(task_run_name="merge {stage.slug}", **STAGE)
+def merge(stage: Stage, pruned: Ref, adapter: Ref, runtime: Runtime) -> State[Ref]:
+    """Write the merged checkpoint, after its gate. facts: layers, parameters, bytes."""
+
+    def produce(out: Path, progress: Progress) -> dict[str, Any]:
+        base = folder_of(pruned)
+        run_child("merge", {"checkpoint": str(base), "adapter": str(folder_of(adapter))}, out, runtime, progress)
+        (out / "README.md").write_text(
+            f"{(base / 'README.md').read_text(encoding='utf-8').rstrip()}\n\n## Recovered\n\n"
+            f"Fine-tuned with LoRA ({stage.slug}), the adapter merged into the weights.\n"
+        )
+        return checkpoint_facts(out)
+
+    return materialise(stage, produce, engine=True)

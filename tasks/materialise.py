@@ -1,0 +1,91 @@
+"""What every stage does: return its artifact, and produce and publish it only if the store has none."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import create_link_artifact, create_progress_artifact, update_progress_artifact
+from prefect.logging import get_run_logger
+from prefect.states import Completed, State
+
+from tasks.domain.stage import KEY_LENGTH, Stage
+from tasks.engines.child import Progress
+from tasks.policies import engine_slot
+from tasks.store.artifacts import ArtifactStore, Manifest
+
+Ref = dict[str, Any]  # stage, key, uri, cache ("hit" | "miss"), seconds, facts
+Produce = Callable[[Path, Progress], dict[str, Any]]  # fills the folder, returns the facts
+
+PROGRESS_SECONDS = 2.0
+
+
+def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
+    """Return the stage's artifact as a completed state, named Cached when nothing had to run.
+
+    produce: fills an empty folder and returns the facts. engine: it needs one of the machine's engine slots.
+    What an interrupted stage wrote stays out of the store: only a finished folder is published.
+    """
+    store = ArtifactStore.from_environment()
+    if manifest := store.find(stage):
+        return Completed(name="Cached", message=f"{store.uri(stage)} exists", data=ref_of(store, manifest, "hit"))
+    store.mirror.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{stage.name}-", dir=store.mirror))
+    try:
+        with engine_slot() if engine else nullcontext():
+            started = time.monotonic()
+            facts = produce(folder, progress_artifact(stage))
+            manifest = store.publish(stage, folder, facts, time.monotonic() - started)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    link(stage, store.uri(stage))
+    return Completed(message=f"published {store.uri(stage)}", data=ref_of(store, manifest, "miss"))
+
+
+def folder_of(ref: Ref) -> Path:
+    """The artifact's files on this machine."""
+    store = ArtifactStore.from_environment()
+    return store.fetch(store.manifest_at(ref["uri"]))
+
+
+def ref_of(store: ArtifactStore, manifest: Manifest, cache: str) -> Ref:
+    return {
+        "stage": manifest.stage, "key": manifest.key, "uri": f"{store.root}/{manifest.address}", "cache": cache,
+        "seconds": manifest.seconds if cache == "miss" else 0.0, "facts": manifest.facts,
+    }  # fmt: skip
+
+
+def link(stage: Stage, uri: str) -> None:
+    create_link_artifact(uri, link_text=uri, key=_artifact_key(stage, "link"), description=f"{stage.name}: {stage.slug}")
+
+
+def progress_artifact(stage: Stage) -> Progress:
+    """A progress bar on the run's page, moved at most every two seconds, and a log line every tenth."""
+    logger = get_run_logger()
+    shown: dict[str, Any] = {"id": None, "at": 0.0, "tenth": -1}
+
+    def progress(done: float, text: str) -> None:
+        percent, now = round(100 * min(done, 1.0), 1), time.monotonic()
+        if int(percent // 10) != shown["tenth"]:
+            shown["tenth"] = int(percent // 10)
+            logger.info("%s %s: %s", stage.name, stage.slug, text)
+        if now - shown["at"] < PROGRESS_SECONDS and percent < 100:
+            return
+        shown["at"] = now
+        if shown["id"] is None:
+            shown["id"] = create_progress_artifact(percent, key=_artifact_key(stage, "progress"), description=text)
+        else:
+            assert isinstance(shown["id"], UUID)
+            update_progress_artifact(shown["id"], percent, description=text)
+
+    return progress
+
+
+def _artifact_key(stage: Stage, what: str) -> str:
+    return f"{stage.name}-{stage.key[:KEY_LENGTH]}-{what}"

@@ -1,0 +1,83 @@
+"""Remove the least important span of blocks from the checkpoint on disk (paper, section 2.1)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.states import State
+
+from tasks.algorithms.prune_plan import layers_of, pruned_config, renamed
+from tasks.domain.recipe import Prune, Runtime
+from tasks.domain.span import Span
+from tasks.domain.stage import Stage
+from tasks.engines.child import Progress, run_child
+from tasks.materialise import Ref, folder_of, materialise
+from tasks.policies import STAGE
+from tasks.store.checkpoint import INDEX, tensors_of, untied, write_renamed
+
+
+@task(task_run_name="prune {stage.slug}", **STAGE)
+def prune(stage: Stage, model: Ref, distances: Ref, settings: Prune, runtime: Runtime) -> State[Ref]:
+    """Write the pruned checkpoint and span.json, after the gate. facts: the span, layers, parameters, bytes, flops saved."""
+
+    def produce(out: Path, progress: Progress) -> dict[str, Any]:
+        original, scores = folder_of(model), folder_of(distances)
+        config = json.loads((original / "config.json").read_text())
+        span = choose_span(scores, settings.blocks, layers_of(config))
+        facts = cut(original, out, span)
+        measured = json.loads((scores / "distances.json").read_text())
+        facts["span"] = {
+            "start": span.start, "count": span.count, "removed": span.removed, "words": str(span),
+            "distance": measured["mean"][span.count - 1][span.start], "metric": measured["metric"],
+        }  # fmt: skip
+        (out / "span.json").write_text(json.dumps(facts["span"], indent=1))
+        _write_card(original, out, span, facts)
+        progress(0.2, str(span))
+        request = {
+            "original": str(original), "pruned": str(out), "removed": span.removed, "parameters": facts["parameters"],
+        }  # fmt: skip
+        run_child("verify", request, out, runtime, progress)
+        return facts
+
+    return materialise(stage, produce, engine=True)
+
+
+def choose_span(scores: Path, count: int, layers: int) -> Span:
+    """The first of the ranking for this count; raises ConfigError when so many blocks cannot go."""
+    Span(0, count, layers)
+    starts = json.loads((scores / "ranking.json").read_text())["starts_by_count"]
+    return Span(starts[count - 1][0], count, layers)
+
+
+def cut(original: Path, out: Path, span: Span) -> dict[str, Any]:
+    """Write the checkpoint without the span's blocks, and everything that comes along with it.
+
+    facts: layers, parameters, bytes, and the share of the parameters (of the matrix FLOPs a token) that is gone.
+    """
+    config = json.loads((original / "config.json").read_text())
+    tensors = untied(tensors_of(original), config)
+    names = renamed(tensors, span)
+    for path in original.iterdir():
+        if path.suffix != ".safetensors" and path.name not in ("config.json", "README.md", INDEX):
+            shutil.copyfile(path, out / path.name)
+    (out / "config.json").write_text(json.dumps(pruned_config(config, span), indent=2) + "\n")
+    write_renamed(tensors, names, out)
+    before = sum(tensor.parameters for tensor in tensors.values())
+    after = sum(tensors[name].parameters for name in names)
+    return {
+        "layers": span.layers - span.count, "parameters": after, "bytes": sum(tensors[name].size for name in names),
+        "flops_saved_percent": 100 * (before - after) / before,
+    }  # fmt: skip
+
+
+def _write_card(original: Path, out: Path, span: Span, facts: dict[str, Any]) -> None:
+    card = original / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else f"# {original.name}\n"
+    (out / "README.md").write_text(
+        f"{text.rstrip()}\n\n## Pruned\n\nThis checkpoint {span}: {facts['layers']} of {span.layers} blocks and "
+        f"{facts['parameters']:,} parameters are left, chosen by angular distance (arXiv 2410.09982).\n"
+    )

