@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from tasks.domain.errors import PipelineError
 
@@ -134,7 +135,7 @@ def _service(
 
 def _start(
     name: str, command: Callable[[int], list[str]], preferred: int, health: str, extra: dict[str, str]
-) -> dict[str, str | int]:
+) -> dict[str, Any]:
     port = preferred if _is_free(preferred) else _free_port()
     url, log = f"http://127.0.0.1:{port}", STATE / name / "server.log"
     with log.open("ab") as output:

@@ -92,7 +92,13 @@ def build_plan(preset: Preset) -> Plan:
     }
     scores = {
         role: {
-            task: Stage("evaluate", 1, _task_recipe(preset, task), {"checkpoint": checkpoint}, f"{name}-{task.replace('_', '-')}")
+            task: Stage(
+                "evaluate",
+                1,
+                _task_recipe(preset, task),
+                {"checkpoint": checkpoint},
+                f"{name}-{task.replace('_', '-')}",
+            )
             for task in preset.evaluate.tasks
         }
         for role, (name, checkpoint) in checkpoints.items()
@@ -103,7 +109,8 @@ def build_plan(preset: Preset) -> Plan:
 def _rows_recipe(preset: Preset) -> dict[str, Any]:
     origin = {"path", "file", "hub", "revision"}
     sources = [
-        {**table_identity(source), **source.model_dump(mode="json", exclude=origin)} for source in preset.dataset.sources
+        {**table_identity(source), **source.model_dump(mode="json", exclude=origin)}
+        for source in preset.dataset.sources
     ]
     return {"seed": preset.dataset.seed, "sources": sources}
 
@@ -115,7 +122,7 @@ def _task_recipe(preset: Preset, task: str) -> dict[str, Any]:
         recipe["max_generated"] = settings.max_generated
     engine = "vllm" if settings.backend == "vllm" else "transformers"
     return {
-        "task": task, **settings.tasks[task].model_dump(mode="json"), **recipe,  # type: ignore[index]
+        "task": task, **settings.tasks[task].model_dump(mode="json"), **recipe,
         "items": benchmark_identity(settings, task), **library_versions("lm-eval", engine),
     }  # fmt: skip
 

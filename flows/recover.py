@@ -71,11 +71,18 @@ def recover(preset: Preset) -> str:
     }
 
     results = {role: future.result() for role, future in scores.items()}
-    futures = {"model": model, "rows": rows, "benchmarks": items, "score": distances, "prune": pruned, "distil": distilled}
+    futures = {
+        "model": model,
+        "rows": rows,
+        "benchmarks": items,
+        "score": distances,
+        "prune": pruned,
+        "distil": distilled,
+    }
     futures |= {f"finetune {arm}": adapters[arm] for arm in ARMS} | {f"merge {arm}": checkpoints[arm] for arm in ARMS}
     stages = {name: future.result() for name, future in futures.items() if future is not None}
     stages |= {f"evaluate {role} {task}": ref for role, refs in results.items() for task, ref in refs.items()}
-    return write_report(preset, {name: stages[name] for name, _ in plan.stages()}, results, started)
+    return str(write_report(preset, {name: stages[name] for name, _ in plan.stages()}, results, started))
 
 
 def check(preset: Preset) -> None:
@@ -83,10 +90,8 @@ def check(preset: Preset) -> None:
     store = ArtifactStore.from_environment()
     store.check()
     plan = build_plan(preset)
-    if manifest := store.find(plan.model):
-        layers = manifest.facts["layers"]
-    else:
-        layers = layers_of(model_config(preset.model))
+    manifest = store.find(plan.model)
+    layers = manifest.facts["layers"] if manifest else layers_of(model_config(preset.model))
     Span(0, preset.prune.blocks, layers)
     if store.find(plan.rows) is None:
         for source in preset.dataset.sources:
@@ -109,7 +114,9 @@ def print_plan(plan: Plan) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.recover", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("preset", help="name of a file in deployments/presets/, or a path to one")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="dotted.key=value")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="dotted.key=value"
+    )
     parser.add_argument("--plan", action="store_true", help="print every stage with hit or miss, and run nothing")
     options = parser.parse_args()
     started = time.monotonic()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 from prefect import task
 from prefect.states import State
 
+from tasks.domain.errors import DataError
 from tasks.domain.leaderboard import LEADERBOARD
 from tasks.domain.recipe import BenchmarkWheel
-from tasks.domain.errors import DataError
 from tasks.domain.stage import Stage
 from tasks.engines.child import Progress
 from tasks.materialise import Ref, materialise

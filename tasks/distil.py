@@ -23,7 +23,12 @@ def distil(stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runti
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
         source = folder_of(rows) / "rows.jsonl"
-        request = {"checkpoint": str(folder_of(model)), "rows": str(source), **settings.model_dump(), "messages": settings.messages()}
+        request = {
+            "checkpoint": str(folder_of(model)),
+            "rows": str(source),
+            **settings.model_dump(),
+            "messages": settings.messages(),
+        }
         run_child("distil", request, out, runtime, progress)
         return ledger(out / "rows.jsonl")
 

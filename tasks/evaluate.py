@@ -46,7 +46,7 @@ def evaluate(
         "checkpoint": str(folder_of(checkpoint)),
         "data_root": str(folder_of(benchmarks)) if benchmarks else _optional(data_root()),
         **settings.model_dump(include={"backend", "dtype", "max_length", "max_generated", "seed"}),
-        "tasks": {name: settings.tasks[name].model_dump() for name in missing},  # type: ignore[index]
+        "tasks": {name: settings.tasks[name].model_dump() for name in missing},
     }
     clock = time.monotonic()
 
@@ -56,7 +56,9 @@ def evaluate(
         for name in missing.keys() - refs.keys():
             if (folder / name / "results.json").exists():
                 facts = score_facts(name, folder / name)
-                refs[name] = ref_of(store, store.publish(missing[name], folder / name, facts, time.monotonic() - clock), "miss")
+                refs[name] = ref_of(
+                    store, store.publish(missing[name], folder / name, facts, time.monotonic() - clock), "miss"
+                )
                 link(missing[name], refs[name]["uri"])
                 clock = time.monotonic()
 

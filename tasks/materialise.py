@@ -62,7 +62,9 @@ def ref_of(store: ArtifactStore, manifest: Manifest, cache: str) -> Ref:
 
 
 def link(stage: Stage, uri: str) -> None:
-    create_link_artifact(uri, link_text=uri, key=_artifact_key(stage, "link"), description=f"{stage.name}: {stage.slug}")
+    create_link_artifact(
+        uri, link_text=uri, key=_artifact_key(stage, "link"), description=f"{stage.name}: {stage.slug}"
+    )
 
 
 def progress_artifact(stage: Stage) -> Progress:

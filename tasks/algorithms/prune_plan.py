@@ -92,7 +92,9 @@ def _is_token_list(name: str) -> bool:
 def layers_of(config: Mapping[str, Any]) -> int:
     """The number of decoder blocks; raises ModelUnsupported when the config is no decoder-only language model's."""
     if config.get("is_encoder_decoder"):
-        raise ModelUnsupported(f"the model ({config.get('model_type')}) is an encoder-decoder; give a decoder-only causal LM")
+        raise ModelUnsupported(
+            f"the model ({config.get('model_type')}) is an encoder-decoder; give a decoder-only causal LM"
+        )
     architectures = config.get("architectures") or []
     if not any("ForCausalLM" in name or "ForConditionalGeneration" in name for name in architectures):
         raise ModelUnsupported(

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 FINAL_ANSWER = re.compile(r"####\s*(.+)")
 REFUSAL = re.compile(
-    r"^\W*(i'?m sorry|i am sorry|sorry,|i can(?:'|no)t (?:help|assist|answer|provide)|i am unable|i'?m unable|as an ai\b)", re.I
+    r"^\W*(i'?m sorry|i am sorry|sorry,|i can(?:'|no)t (?:help|assist|answer|provide)|i am unable|i'?m unable"
+    r"|as an ai\b)",
+    re.I,
 )
 TALKS_ABOUT_TASK = re.compile(
     r"\b(?:(?:the|a) reference|(?:reference|given|provided|original) (?:answer|response|solution|question|request)"
-    r"|(?:answer|response|solution) to (?:this|the|your) (?:request|question|problem)|(?:your|my) own (?:words|answer|response))\b",
+    r"|(?:answer|response|solution) to (?:this|the|your) (?:request|question|problem)"
+    r"|(?:your|my) own (?:words|answer|response))\b",
     re.I,
 )
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")

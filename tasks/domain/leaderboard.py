@@ -1,4 +1,4 @@
-"""The six tasks of the OpenLLM Leaderboard v1: shots, metric and where an item's score stands in the harness's samples."""
+"""The six tasks of the OpenLLM Leaderboard v1: shots, metric, and where an item's score stands in a sample."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.domain.errors import ConfigError
+from tasks.domain.leaderboard import LEADERBOARD
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 PRESETS = DEPLOYMENTS / "presets"
@@ -142,7 +143,9 @@ class Distil(Settings):
     @classmethod
     def known_template(cls, name: str) -> str:
         if not (TEMPLATES / f"{name}.yaml").is_file():
-            raise ValueError(f"there is no such template; choose one of {', '.join(p.stem for p in TEMPLATES.glob('*.yaml'))}")
+            raise ValueError(
+                f"there is no such template; choose one of {', '.join(p.stem for p in TEMPLATES.glob('*.yaml'))}"
+            )
         return name
 
     def messages(self) -> list[dict[str, str]]:
@@ -186,9 +189,7 @@ class BenchmarkWheel(Settings):
 class Evaluate(Settings):
     """The harness's settings, the same for all four models."""
 
-    tasks: dict[Literal["arc_challenge", "hellaswag", "truthfulqa_mc2", "mmlu", "winogrande", "gsm8k"], Task] = Field(
-        min_length=1
-    )
+    tasks: dict[str, Task] = Field(min_length=1)
     benchmarks: BenchmarkWheel | None = Field(
         None, description="Where the items come from; empty: SDD_DATA_ROOT if set, else the hub."
     )
@@ -197,6 +198,13 @@ class Evaluate(Settings):
     max_length: int = Field(4096, ge=128, description="Context window; longer prompts lose their oldest tokens.")
     max_generated: int = Field(256, ge=1, description="Longest answer of a generative task, in tokens.")
     seed: int = 0
+
+    @field_validator("tasks")
+    @classmethod
+    def known_tasks(cls, tasks: dict[str, Task]) -> dict[str, Task]:
+        if unknown := tasks.keys() - LEADERBOARD.keys():
+            raise ValueError(f"unknown task {min(unknown)!r}; the tasks are {', '.join(LEADERBOARD)}")
+        return tasks
 
 
 class Runtime(Settings):

@@ -55,7 +55,11 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
             raise _as_error(failure)
         if status != 0:
             tail = log.read_text(errors="replace")[-LOG_TAIL:]
-            why = f"took longer than runtime.timeout_minutes={runtime.timeout_minutes}" if expired.is_set() else _died(status)
+            why = (
+                f"took longer than runtime.timeout_minutes={runtime.timeout_minutes}"
+                if expired.is_set()
+                else _died(status)
+            )
             raise errors.EngineError(f"{name}: the child process {why}; end of its log:\n{tail}")
 
 

@@ -68,7 +68,11 @@ class ArtifactStore:
                 "s3",
                 default_block_size=CHUNK,
                 max_concurrency=4,
-                config_kwargs={"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 4, "mode": "standard"}},
+                config_kwargs={
+                    "connect_timeout": 5,
+                    "read_timeout": 60,
+                    "retries": {"max_attempts": 4, "mode": "standard"},
+                },
                 use_listings_cache=False,
             )
         elif self.root.startswith("file://"):
@@ -139,7 +143,9 @@ class ArtifactStore:
                 return self._read_manifest(f"{address}/{MANIFEST}")
             self.fs.put([str(folder / name) for name in files], [f"{address}/{name}" for name in files])
             try:
-                self.fs.pipe_file(f"{address}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode(), mode="create")
+                self.fs.pipe_file(
+                    f"{address}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode(), mode="create"
+                )
             except (FileExistsError, OSError) as error:
                 if not self.fs.exists(f"{address}/{MANIFEST}"):
                     raise error
@@ -226,17 +232,25 @@ def _explained(error: Exception, root: str) -> PipelineError:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     text, kind = str(error), type(error).__name__
     if kind == "NoCredentialsError":
-        return ConfigError("no credentials for the store; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        return ConfigError(
+            "no credentials for the store; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
     if isinstance(error, PermissionError) or any(
         word in text for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "Forbidden")
     ):
         return ConfigError(
-            f"{endpoint} refuses the credentials for SDD_STORE={root}; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"{endpoint} refuses the credentials for SDD_STORE={root}; "
+            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "ReadTimeoutError") or isinstance(
-        error, (ConnectionError, TimeoutError)
-    ):
-        return StoreUnavailable(f"no answer from the store at {endpoint}; check AWS_ENDPOINT_URL and that the server runs")
+    if kind in (
+        "EndpointConnectionError",
+        "ConnectTimeoutError",
+        "ConnectionClosedError",
+        "ReadTimeoutError",
+    ) or isinstance(error, (ConnectionError, TimeoutError)):
+        return StoreUnavailable(
+            f"no answer from the store at {endpoint}; check AWS_ENDPOINT_URL and that the server runs"
+        )
     return StoreUnavailable(f"the store at {endpoint} failed for SDD_STORE={root}: {kind}: {text}")
 
 
@@ -263,6 +277,8 @@ def code_commit() -> str:
 
     try:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -71,7 +71,7 @@ def write_renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], out: 
     if len(shards) == 1:
         _write_shard(out / "model.safetensors", shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(out / file, shard)

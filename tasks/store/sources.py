@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tasks.domain.errors import ConfigError, DataError, ModelUnsupported, PipelineError
 from tasks.domain.leaderboard import LEADERBOARD
@@ -33,7 +33,9 @@ def data_root() -> Path | None:
     if not value:
         return None
     if not Path(value, "openllm").is_dir():
-        raise ConfigError(f"SDD_DATA_ROOT={value} has no folder openllm/; name a folder with openllm/, sft/ and calibration/")
+        raise ConfigError(
+            f"SDD_DATA_ROOT={value} has no folder openllm/; name a folder with openllm/, sft/ and calibration/"
+        )
     return Path(value).absolute()
 
 
@@ -63,8 +65,8 @@ def table_identity(table: Table) -> dict[str, Any]:
     return {"hub": table.hub, "revision": hub_commit(table.hub.split(":")[0], table.revision, "dataset")}
 
 
-def read_table(table: Table, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """All rows of a table; raises DataError when it is empty or lacks a column."""
+def read_table(table: Table, columns: tuple[str, ...]) -> Sequence[dict[str, Any]]:
+    """The rows of a table, left on disk; raises DataError when it is empty or lacks a column."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -84,7 +86,9 @@ def read_table(table: Table, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     except PipelineError:
         raise
     except Exception as error:
-        raise DataError(f"dataset {path or table.hub}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(
+            f"dataset {path or table.hub}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
     if len(rows) == 0:
         raise DataError(f"{path or table.hub} is empty; give a dataset with at least one row")
     for column in columns:
@@ -93,7 +97,7 @@ def read_table(table: Table, columns: tuple[str, ...]) -> list[dict[str, Any]]:
                 f"{path or table.hub} has no column {column!r}; its columns are {', '.join(rows.column_names)}; "
                 "correct the column named in the preset"
             )
-    return list(rows)
+    return cast("Sequence[dict[str, Any]]", rows.select_columns(list(dict.fromkeys(columns))))
 
 
 # --- models -----------------------------------------------------------------------------------------------
@@ -110,7 +114,9 @@ def model_identity(model: ModelSource) -> dict[str, Any]:
 def model_revision(model: ModelSource) -> str:
     """What the report calls the revision: a commit, or a digest's beginning."""
     identity = model_identity(model)
-    return str(identity.get("revision") or identity.get("gguf") or hashlib.sha256(json.dumps(identity).encode()).hexdigest())
+    return str(
+        identity.get("revision") or identity.get("gguf") or hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    )
 
 
 def model_config(model: ModelSource) -> dict[str, Any]:
@@ -118,7 +124,9 @@ def model_config(model: ModelSource) -> dict[str, Any]:
     if isinstance(model, FolderModel):
         path = Path(model.path, "config.json")
         if not path.is_file():
-            raise ConfigError(f"model.path={model.path}: there is no config.json; give a folder written by save_pretrained")
+            raise ConfigError(
+                f"model.path={model.path}: there is no config.json; give a folder written by save_pretrained"
+            )
         return dict(json.loads(path.read_text()))
     if isinstance(model, HubModel):
         from huggingface_hub import hf_hub_download

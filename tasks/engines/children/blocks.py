@@ -17,7 +17,9 @@ def decoder_blocks(model: Any, layers: int) -> nn.ModuleList:
     found = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers and name.split(".")[-1] in ("layers", "h", "blocks")
+        if isinstance(module, nn.ModuleList)
+        and len(module) == layers
+        and name.split(".")[-1] in ("layers", "h", "blocks")
     ]
     if len(found) != 1:
         raise ModelUnsupported(f"{type(model).__name__}: {len(found)} lists of {layers} blocks instead of one")

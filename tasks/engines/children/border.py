@@ -37,7 +37,7 @@ def serve(run: Callable[[dict[str, Any], Path, Report], None]) -> None:
 
 
 def device_of(runtime: dict[str, Any]) -> str:
-    """"cuda" or "cpu", as `runtime.device` says."""
+    """ "cuda" or "cpu", as `runtime.device` says."""
     import torch
 
     if runtime["device"] == "auto":
@@ -63,8 +63,7 @@ class Meter(tqdm):
         self.text = text
         super().__init__(*args, **options)
 
-    def update(self, n: float | None = 1) -> bool | None:
-        shown = super().update(n)
+    def update(self, n: float | None = 1) -> None:
+        super().update(n)
         if self.total:
             self.tell(self.n / self.total, f"{self.text}: {int(self.n)} of {int(self.total)}")
-        return shown

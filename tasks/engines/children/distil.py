@@ -23,7 +23,10 @@ Row = dict[str, Any]
 
 
 def distil(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, rows (file), messages of the template, and the recipe's fields. Writes rows.jsonl, one object a row, in input order."""
+    """request: checkpoint, rows (file), messages of the template, and the recipe's fields.
+
+    Writes rows.jsonl, one object a row, in input order.
+    """
     rows: list[Row] = [json.loads(line) for line in Path(request["rows"]).read_text().splitlines()]
     llm = LLM(model=request["checkpoint"], **vllm_options(request))
     tokenizer = llm.get_tokenizer()

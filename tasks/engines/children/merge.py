@@ -38,7 +38,9 @@ def merge(request: dict[str, Any], out: Path, report: Report) -> None:
         difference = float((merged(input_ids=probe).logits - expected).abs().max() / expected.abs().max())
     allowed = MAX_RELATIVE_DIFFERENCE[str(dtype).removeprefix("torch.")]
     if not difference <= allowed:
-        raise GateError(f"merged logits differ from the adapter's by {difference:.2e} of their size (allowed: {allowed})")
+        raise GateError(
+            f"merged logits differ from the adapter's by {difference:.2e} of their size (allowed: {allowed})"
+        )
     tied = bool(merged.config.tie_word_embeddings)
     same = merged.get_input_embeddings().weight.data_ptr() == merged.get_output_embeddings().weight.data_ptr()
     if tied and not same:

@@ -40,7 +40,13 @@ def score(request: dict[str, Any], out: Path, report: Report) -> None:
             report((first + len(part)) / len(samples), f"{first + len(part)} of {len(samples)} samples")
 
     mean, std = by_span(moments.mean), by_span(moments.std())
-    distances = {"metric": request["metric"], "token": request["token"], "samples": len(samples), "mean": mean, "std": std}
+    distances = {
+        "metric": request["metric"],
+        "token": request["token"],
+        "samples": len(samples),
+        "mean": mean,
+        "std": std,
+    }
     (out / "distances.json").write_text(json.dumps(distances))
     (out / "ranking.json").write_text(json.dumps({"starts_by_count": ranking(mean)}))
     with (out / "tokens.jsonl").open("w") as file:

@@ -31,7 +31,9 @@ def verify(request: dict[str, Any], _out: Path, report: Report) -> None:
     pruned = pruned.to(device).eval()
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[fault]:
-            raise GateError(f"the pruned checkpoint reloads with {fault.replace('_', ' ')}: {sorted(loading[fault])[:5]}")
+            raise GateError(
+                f"the pruned checkpoint reloads with {fault.replace('_', ' ')}: {sorted(loading[fault])[:5]}"
+            )
     parameters = sum(parameter.numel() for parameter in pruned.parameters())
     if parameters != request["parameters"]:
         raise GateError(f"the pruned model has {parameters} parameters, the plan says {request['parameters']}")

@@ -1,0 +1,93 @@
+"""Shared fixtures: real servers, and a pico model that every engine really runs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAIRS = ROOT / "deployments" / "pocket" / "pairs.jsonl"
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server and a real Prefect server, in a state folder of this test session."""
+    state = tmp_path_factory.mktemp("state")
+    before = dict(os.environ)
+    for name in [n for n in os.environ if n.startswith(("SDD_", "AWS_", "PREFECT_"))]:
+        del os.environ[name]
+    import deployments.local as local
+
+    local.STATE = state
+    local.PREFECT_SETTINGS = {
+        name: value.replace(".local", str(state)) for name, value in local.PREFECT_SETTINGS.items()
+    }
+    os.environ["SDD_STATE"] = str(state)
+    with local.environment(prefect=True):
+        yield dict(os.environ)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of six blocks, tied embeddings, and a tokenizer trained on the pocket pairs."""
+    return build_pico(tmp_path_factory.mktemp("pico"))
+
+
+def build_pico(folder: Path, **changes: Any) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|start|>", "<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator((pair["answer"] for pair in pocket_pairs()), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        chat_template=TEMPLATE,
+    )
+
+
+def pocket_pairs() -> list[dict[str, str]]:
+    return [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode())) if path.suffix == ".gz" else path.write_text(text)
+    return path
