@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.domain.errors import PipelineError
+from tasks.domain.errors import ConfigError, PipelineError
 
 STATE = Path(os.environ.get("SDD_STATE", ".local")).absolute()
 STARTUP_SECONDS = 90
@@ -51,8 +51,13 @@ def environment(*, prefect: bool) -> Iterator[None]:
         if prefect:
             for name, value in PREFECT_SETTINGS.items():
                 os.environ.setdefault(name, value)
-            if "PREFECT_API_URL" not in os.environ:
+            api = os.environ.get("PREFECT_API_URL")
+            if not api:
                 os.environ.update(stack.enter_context(_prefect()))
+            elif not _answers(f"{api}/health"):
+                raise ConfigError(
+                    f"PREFECT_API_URL={api}: no Prefect server answers there; start it, or unset the variable"
+                )
             from prefect.context import refresh_global_settings_context  # not on the path of a plan
 
             refresh_global_settings_context()

@@ -28,6 +28,7 @@ from tasks.distil import distil
 from tasks.domain.errors import PipelineError
 from tasks.domain.recipe import Preset, load_preset
 from tasks.domain.span import Span
+from tasks.engines.child import children_end_with_the_run
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune, merge
 from tasks.model import resolve_model
@@ -50,9 +51,16 @@ def recover(preset: Preset) -> str:
     """Run the whole method; returns the folder of the report."""
     started = datetime.now(UTC)
     check(preset)
-    plan, runtime = build_plan(preset), preset.runtime
-    provide_engine_slots(runtime.engines)
+    plan = build_plan(preset)
+    provide_engine_slots(preset.runtime.engines)
+    with children_end_with_the_run():
+        stages, scores = run_stages(preset, plan)
+        return str(write_report(preset, stages, scores, started))
 
+
+def run_stages(preset: Preset, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The method itself; returns each stage's artifact by its readable name, and the scores by role and task."""
+    runtime = preset.runtime
     model = resolve_model.submit(plan.model, preset.model, runtime)
     rows = load_rows.submit(plan.rows, preset.dataset)
     items = load_benchmarks.submit(plan.benchmarks, preset.evaluate.benchmarks) if plan.benchmarks else None
@@ -82,7 +90,7 @@ def recover(preset: Preset) -> str:
     futures |= {f"finetune {arm}": adapters[arm] for arm in ARMS} | {f"merge {arm}": checkpoints[arm] for arm in ARMS}
     stages = {name: future.result() for name, future in futures.items() if future is not None}
     stages |= {f"evaluate {role} {task}": ref for role, refs in results.items() for task, ref in refs.items()}
-    return str(write_report(preset, {name: stages[name] for name, _ in plan.stages()}, results, started))
+    return {name: stages[name] for name, _ in plan.stages()}, results
 
 
 def check(preset: Preset) -> None:

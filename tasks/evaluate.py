@@ -36,6 +36,8 @@ def evaluate(
     store = ArtifactStore.from_environment()
     refs = {name: ref_of(store, manifest, "hit") for name, stage in stages.items() if (manifest := store.find(stage))}
     missing = {name: stage for name, stage in stages.items() if name not in refs}
+    for name in refs:
+        link(stages[name], refs[name]["uri"])
     if not missing:
         return Completed(name="Cached", message=f"all {len(stages)} tasks exist", data=refs)
 

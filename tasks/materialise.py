@@ -34,6 +34,7 @@ def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
     """
     store = ArtifactStore.from_environment()
     if manifest := store.find(stage):
+        link(stage, store.uri(stage))
         return Completed(name="Cached", message=f"{store.uri(stage)} exists", data=ref_of(store, manifest, "hit"))
     store.mirror.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{stage.name}-", dir=store.mirror))

@@ -5,11 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The same examples on every machine, and no failure because a machine is slow.
+settings.register_profile("repository", deadline=None, derandomize=True)
+settings.load_profile("repository")
 
 ROOT = Path(__file__).parents[1]
 PAIRS = ROOT / "deployments" / "pocket" / "pairs.jsonl"
@@ -19,24 +26,20 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A real S3 server and a real Prefect server, in a state folder of this test session."""
-    state = tmp_path_factory.mktemp("state")
-    before = dict(os.environ)
-    for name in [n for n in os.environ if n.startswith(("SDD_", "AWS_", "PREFECT_"))]:
-        del os.environ[name]
-    import deployments.local as local
+# Before anything of the project is imported: a state folder of this session's own, and no settings from outside.
+for name in [name for name in os.environ if name.startswith(("SDD_", "AWS_", "PREFECT_"))]:
+    del os.environ[name]
+os.environ["SDD_STATE"] = STATE = tempfile.mkdtemp(prefix="sdd-tests-")
 
-    local.STATE = state
-    local.PREFECT_SETTINGS = {
-        name: value.replace(".local", str(state)) for name, value in local.PREFECT_SETTINGS.items()
-    }
-    os.environ["SDD_STATE"] = str(state)
-    with local.environment(prefect=True):
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[dict[str, str]]:
+    """A real S3 server and a real Prefect server; yields the environment that names them."""
+    from deployments.local import environment
+
+    with environment(prefect=True):
         yield dict(os.environ)
-    os.environ.clear()
-    os.environ.update(before)
+    shutil.rmtree(STATE)
 
 
 @pytest.fixture(scope="session")

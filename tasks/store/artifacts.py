@@ -92,13 +92,15 @@ class ArtifactStore:
         return f"{self.root}/{stage.address}"
 
     def check(self) -> None:
-        """Fail within seconds, in one sentence, when the store cannot be used as configured."""
-        with self._translated():
-            if self.root.startswith("s3://"):
+        """Raise ConfigError within seconds when the store cannot be used as configured; make the bucket if need be."""
+        try:
+            with self._translated():
                 bucket = self.root.removeprefix("s3://").split("/")[0]
-                if not self.fs.exists(bucket):
+                if self.root.startswith("s3://") and not self.fs.exists(bucket):
                     self.fs.mkdir(bucket)
-            self.fs.find(f"{self.root}/.check", maxdepth=1)
+                self.fs.find(f"{self.root}/.check", maxdepth=1)
+        except StoreUnavailable as error:  # at the start of a run the setting is the likelier culprit
+            raise ConfigError(str(error)) from error
 
     def find(self, stage: Stage) -> Manifest | None:
         """The manifest of the stage's artifact, or None when there is no such artifact."""

@@ -1,0 +1,233 @@
+"""The plan of a cut, on tensor names and configs written by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.algorithms.prune_plan import layers_of, pruned_config, renamed
+from tasks.domain.errors import ModelUnsupported
+from tasks.domain.span import Span
+
+MIDDLE = Span(1, 2, 4)
+
+LLAMA = {
+    "model.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.self_attn.q_proj.weight": None,
+    "model.layers.1.mlp.up_proj.weight": None,
+    "model.layers.2.self_attn.q_proj.weight": None,
+    "model.layers.2.mlp.up_proj.weight": None,
+    "model.layers.3.self_attn.q_proj.weight": "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.3.mlp.up_proj.weight": "model.layers.1.mlp.up_proj.weight",
+    "model.norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+GPT2 = {
+    "transformer.wte.weight": "transformer.wte.weight",
+    "transformer.h.0.attn.c_attn.weight": "transformer.h.0.attn.c_attn.weight",
+    "transformer.h.1.attn.c_attn.weight": None,
+    "transformer.h.2.attn.c_attn.weight": None,
+    "transformer.h.3.attn.c_attn.weight": "transformer.h.1.attn.c_attn.weight",
+    "transformer.ln_f.weight": "transformer.ln_f.weight",
+}
+BARE = {
+    "h.0.ln_1.bias": "h.0.ln_1.bias",
+    "h.1.ln_1.bias": None,
+    "h.2.ln_1.bias": None,
+    "h.3.ln_1.bias": "h.1.ln_1.bias",
+}
+NESTED = {
+    "model.vision_tower.layers.0.weight": "model.vision_tower.layers.0.weight",
+    "model.vision_tower.layers.1.weight": "model.vision_tower.layers.1.weight",
+    "model.language_model.layers.0.mlp.weight": "model.language_model.layers.0.mlp.weight",
+    "model.language_model.layers.1.mlp.weight": None,
+    "model.language_model.layers.2.mlp.weight": None,
+    "model.language_model.layers.3.mlp.weight": "model.language_model.layers.1.mlp.weight",
+}
+EXPERTS = {
+    "model.layers.0.mlp.experts.3.up.weight": "model.layers.0.mlp.experts.3.up.weight",
+    "model.layers.1.mlp.experts.3.up.weight": None,
+    "model.layers.2.mlp.experts.0.up.weight": None,
+    "model.layers.3.mlp.experts.2.up.weight": "model.layers.1.mlp.experts.2.up.weight",
+    "model.layers.3.mlp.experts.11.up.weight": "model.layers.1.mlp.experts.11.up.weight",
+}
+
+
+@pytest.mark.parametrize(
+    "expected", [LLAMA, GPT2, BARE, NESTED, EXPERTS], ids=["llama", "gpt2", "bare", "nested", "moe"]
+)
+def test_names_of_a_middle_cut(expected: dict[str, str | None]) -> None:
+    assert renamed(expected, MIDDLE) == {old: new for old, new in expected.items() if new is not None}
+
+
+@pytest.mark.parametrize(
+    ("start", "kept"), [(0, {2: 0, 3: 1}), (2, {0: 0, 1: 1})], ids=["the first blocks", "the last blocks"]
+)
+def test_names_of_a_cut_at_either_end(start: int, kept: dict[int, int]) -> None:
+    names = [f"model.layers.{block}.w" for block in range(4)]
+    expected = {f"model.layers.{old}.w": f"model.layers.{new}.w" for old, new in kept.items()}
+    assert renamed(names, Span(start, 2, 4)) == expected
+
+
+@given(st.data())
+def test_every_kept_block_moves_up_by_the_blocks_removed_before_it(data: st.DataObject) -> None:
+    layers = data.draw(st.integers(2, 30))
+    count = data.draw(st.integers(1, layers - 1))
+    start = data.draw(st.integers(0, layers - count))
+    names = [f"model.layers.{block}.{part}" for block in data.draw(st.permutations(range(layers))) for part in "ab"]
+    found = renamed(names, Span(start, count, layers))
+    assert sorted(found.values()) == sorted(
+        f"model.layers.{block}.{p}" for block in range(layers - count) for p in "ab"
+    )
+    for old, new in found.items():
+        before, after = int(old.split(".")[2]), int(new.split(".")[2])
+        assert before - after == (count if before >= start + count else 0)
+        assert old[-1] == new[-1]
+    assert not {int(old.split(".")[2]) for old in found} & set(range(start, start + count))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            [f"model.{side}.layers.{i}.w" for side in ("encoder", "decoder") for i in range(4)],
+            "model.decoder.layers with 4",
+        ),
+        ([f"model.layers.{i}.w" for i in (0, 1, 3)], "model.layers with 3"),
+        ([f"model.layers.{i}.w" for i in (0, 1, 3, 4)], "model.layers with 4"),
+        ([f"model.layers.{i}.w" for i in range(1, 5)], "model.layers with 4"),
+        ([f"model.layers.{i}.w" for i in range(5)], "model.layers with 5"),
+        (["model.embed_tokens.weight"], "none"),
+        ([], "none"),
+    ],
+    ids=["two stacks", "one missing", "a hole", "from one", "one too many", "no blocks", "nothing"],
+)
+def test_anything_but_one_whole_stack_is_refused(names: list[str], said: str) -> None:
+    with pytest.raises(ModelUnsupported, match="no single stack of 4 numbered blocks") as caught:
+        renamed(names, MIDDLE)
+    assert said in str(caught.value)
+
+
+def test_only_the_number_of_blocks_changes_in_a_plain_config() -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "rope_theta": 1e4, "head_dim": None}
+    before = copy.deepcopy(config)
+    assert pruned_config(config, MIDDLE) == {**before, "num_hidden_layers": 2}
+    assert config == before, "the original config must stay as it is"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cut"),
+    [
+        ("layer_types", ["full", "sliding", "sliding", "linear"], ["full", "linear"]),
+        ("no_rope_layers", [1, 1, 1, 0], [1, 0]),
+        ("num_key_value_heads_per_layer", [8, 4, 2, 1], [8, 1]),
+        ("intermediate_size", [10, 20, 30, 40], [10, 40]),
+    ],
+)
+def test_lists_with_an_entry_a_block_are_cut_alike(name: str, value: list[Any], cut: list[Any]) -> None:
+    assert pruned_config({"num_hidden_layers": 4, name: value}, MIDDLE) == {"num_hidden_layers": 2, name: cut}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eos_token_id", [1, 2, 3, 4]),
+        ("pad_token_id", [1, 2, 3, 4]),
+        ("architectures", ["AForCausalLM", "B", "C", "D"]),
+        ("layer_types_of_another_length", ["full"] * 3),
+        ("rope_scaling", {"short_factor": [1.0, 2.0, 3.0, 4.0]}),
+        ("vision_config", {"num_hidden_layers": 4, "layer_types": ["full"] * 4}),
+        ("mlp_only_layers", []),
+    ],
+)
+def test_what_is_no_list_of_blocks_stays(name: str, value: Any) -> None:
+    assert pruned_config({"num_hidden_layers": 4, name: value}, MIDDLE)[name] == value
+
+
+def test_a_nested_text_config_is_cut_in_place() -> None:
+    text = {"num_hidden_layers": 4, "layer_types": ["a", "b", "c", "d"], "eos_token_id": [1, 2, 3, 4]}
+    found = pruned_config(
+        {"model_type": "gemma3", "text_config": text, "vision_config": {"num_hidden_layers": 9}}, MIDDLE
+    )
+    assert found == {
+        "model_type": "gemma3",
+        "text_config": {"num_hidden_layers": 2, "layer_types": ["a", "d"], "eos_token_id": [1, 2, 3, 4]},
+        "vision_config": {"num_hidden_layers": 9},
+    }
+
+
+REFUSED = [
+    ("quantization_config", {"bits": 4}),
+    ("auto_map", {"AutoModelForCausalLM": "modeling.Model"}),
+    ("first_k_dense_replace", 1),
+    ("num_kv_shared_layers", 2),
+    ("attn_layer_period", 2),
+    ("decoder_sparse_step", 2),
+    ("sliding_window_pattern", 2),
+    ("full_attention_interval", 2),
+    ("max_window_layers", 3),
+    ("mlp_only_layers", [0, 3]),  # numbers of blocks, not an entry a block
+]
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_rules_by_block_number_and_foreign_weights_are_refused_by_name(name: str, value: Any, nested: bool) -> None:
+    config = {"num_hidden_layers": 4, name: value}
+    with pytest.raises(ModelUnsupported, match=name):
+        pruned_config({"text_config": config} if nested else config, MIDDLE)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quantization_config": None}, {"auto_map": {}}, {"first_k_dense_replace": 0}, {"num_kv_shared_layers": 0},
+        {"decoder_sparse_step": 1}, {"sliding_window_pattern": None},
+        {"sliding_window_pattern": 2, "layer_types": ["s", "f", "s", "f"]},
+        {"full_attention_interval": 4, "layer_types": ["l", "l", "l", "f"]},
+        {"max_window_layers": 3, "layer_types": ["f", "f", "f", "s"]},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_rules_that_are_off_or_spelled_out_a_block_are_no_obstacle(fields: dict[str, Any]) -> None:
+    assert pruned_config({"num_hidden_layers": 4, **fields}, MIDDLE)["num_hidden_layers"] == 2
+
+
+def test_a_window_that_is_not_used_shrinks_with_the_model() -> None:
+    config = {"num_hidden_layers": 4, "max_window_layers": 4, "use_sliding_window": False}
+    assert pruned_config(config, MIDDLE)["max_window_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 32}, 32),
+        ({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"num_hidden_layers": 26}}, 26),
+    ],
+)
+def test_layers_of_a_decoder(config: dict[str, Any], layers: int) -> None:
+    assert layers_of(config) == layers
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True, "num_hidden_layers": 4,
+          "architectures": ["T5ForConditionalGeneration"]}, r"\(t5\) is an encoder-decoder"),
+        ({"architectures": ["BertForMaskedLM"], "num_hidden_layers": 4}, "BertForMaskedLM"),
+        ({"architectures": ["LlamaForSequenceClassification"], "num_hidden_layers": 4}, "SequenceClassification"),
+        ({"num_hidden_layers": 4}, "architectures"),
+        ({"architectures": None, "num_hidden_layers": 4}, "architectures"),
+        ({"architectures": ["GPT2LMHeadForCausalLM"], "n_layer": 4}, "num_hidden_layers"),
+    ],
+)  # fmt: skip
+def test_what_is_no_decoder_only_language_model_is_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelUnsupported, match=said) as caught:
+        layers_of(config)
+    assert caught.value.exit_status == 2

@@ -1,0 +1,165 @@
+"""Recovery and its paired intervals against counting every possible draw."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tasks.algorithms import recovery
+from tasks.algorithms.recovery import average, bootstrap_averages, difference, mean_and_error, recovered_percent
+
+Items = NDArray[np.float64]
+
+
+def items(*values: float) -> Items:
+    return np.array(values, dtype=np.float64)
+
+
+def random_scores(seed: int, rate: float) -> dict[str, Items]:
+    generator = np.random.default_rng(seed)
+    return {
+        task: (generator.random(count) < rate).astype(np.float64) for task, count in (("a", 40), ("b", 25), ("c", 9))
+    }
+
+
+def every_draw(models: list[dict[str, Items]]) -> list[tuple[float, ...]]:
+    """Averages of the models for every possible draw of items with replacement, the same draw for all."""
+    tasks = sorted(models[0])
+    per_task = [list(itertools.product(range(len(models[0][task])), repeat=len(models[0][task]))) for task in tasks]
+    outcomes = []
+    for draws in itertools.product(*per_task):
+        averages = []
+        for model in models:
+            means = [
+                statistics.fmean(float(model[task][item]) for item in draw)
+                for task, draw in zip(tasks, draws, strict=True)
+            ]
+            averages.append(statistics.fmean(means))
+        outcomes.append(tuple(averages))
+    return outcomes
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=30))
+def test_mean_and_error_equal_the_textbook(values: list[float]) -> None:
+    mean, error = mean_and_error(np.array(values))
+    assert mean == pytest.approx(statistics.fmean(values), abs=1e-12)
+    assert error == pytest.approx(statistics.stdev(values) / len(values) ** 0.5, abs=1e-9)
+
+
+def test_a_single_item_has_no_error() -> None:
+    assert mean_and_error(items(0.25)) == (0.25, 0.0)
+
+
+def test_every_task_counts_alike() -> None:
+    assert average({"small": items(1.0), "large": np.zeros(99)}) == 0.5
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=40).filter(any), st.lists(st.integers(0, 1), max_size=9))
+def test_the_unpruned_model_has_recovered_exactly_all(first: list[int], second: list[int]) -> None:
+    scores = {"a": np.array(first, dtype=np.float64)} | ({"b": np.array(second, dtype=np.float64)} if second else {})
+    if min(first) == 0:  # a draw of wrong answers alone has no ratio
+        scores = {task: values + 0.07 for task, values in scores.items()}
+    found = recovered_percent(scores, {task: values.copy() for task, values in scores.items()})
+    assert (found.value, found.low, found.high) == (100.0, 100.0, 100.0)
+
+
+def test_a_difference_to_itself_is_exactly_zero() -> None:
+    found = difference(random_scores(1, 0.5), random_scores(1, 0.5))
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
+def test_draws_are_those_of_a_paired_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frequencies of all outcomes agree with counting each of the 27 * 4 possible draws."""
+    monkeypatch.setattr(recovery, "REPLICATES", 40_000)
+    models = {"one": {"a": items(1, 0, 0.5), "b": items(1, 0)}, "two": {"a": items(0, 1, 0.25), "b": items(0.5, 1)}}
+    drawn = bootstrap_averages(models, seed=3)
+    assert {name: len(values) for name, values in drawn.items()} == {"one": 40_000, "two": 40_000}
+    possible = [tuple(round(value, 9) for value in outcome) for outcome in every_draw([models["one"], models["two"]])]
+    found = [(round(float(a), 9), round(float(b), 9)) for a, b in zip(drawn["one"], drawn["two"], strict=True)]
+    assert set(found) == set(possible), "pairs that no common draw can give, or that never come"
+    for outcome in set(possible):
+        assert found.count(outcome) / len(found) == pytest.approx(possible.count(outcome) / len(possible), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["ratio", "difference"])
+def test_intervals_are_percentiles_of_all_draws(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "REPLICATES", 40_000)
+    one, two = {"a": items(0.9, 0.2, 0.4, 0.7)}, {"a": items(0.5, 0.6, 0.8, 0.3)}
+    outcomes = every_draw([one, two])
+    if kind == "ratio":
+        found, exact = recovered_percent(one, two), sorted(100 * a / b for a, b in outcomes)
+        assert found.value == pytest.approx(100 * 0.55 / 0.55)
+    else:
+        found, exact = difference(one, two), sorted(a - b for a, b in outcomes)
+        assert found.value == pytest.approx(0.0)
+    spread = exact[-1] - exact[0]
+    assert found.low == pytest.approx(exact[int(0.025 * len(exact))], abs=0.03 * spread)
+    assert found.high == pytest.approx(exact[int(0.975 * len(exact))], abs=0.03 * spread)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_interval_holds_the_value(seed: int) -> None:
+    model, unpruned = random_scores(seed, 0.4), random_scores(seed + 50, 0.6)
+    for found in (recovered_percent(model, unpruned), difference(model, unpruned)):
+        assert found.low < found.value < found.high
+
+
+def test_better_on_every_item_is_better_with_certainty() -> None:
+    worse = random_scores(2, 0.5)
+    better = {task: values + 0.01 * np.arange(1, len(values) + 1) for task, values in worse.items()}
+    found = difference(better, worse)
+    assert 0 < found.low <= found.value <= found.high
+    assert recovered_percent(better, worse).low > 100
+    turned = difference(worse, better)
+    assert turned.high < 0 and turned.value == pytest.approx(-found.value)
+
+
+def test_pairing_makes_the_interval_narrow() -> None:
+    """A constant gain is certain when the same items are drawn for both, and uncertain when they are not."""
+    base = random_scores(4, 0.5)
+    gained = {task: values + 0.1 for task, values in base.items()}
+    paired = difference(gained, base)
+    assert paired.high - paired.low < 1e-9
+    shuffled = {task: np.random.default_rng(0).permutation(values) for task, values in gained.items()}
+    unpaired = difference(shuffled, base)
+    assert unpaired.high - unpaired.low > 0.05
+
+
+def test_the_seed_decides_the_draws() -> None:
+    model, unpruned = random_scores(1, 0.4), random_scores(9, 0.6)
+    assert recovered_percent(model, unpruned, 1) == recovered_percent(model, unpruned, 1)
+    assert recovered_percent(model, unpruned, 1) != recovered_percent(model, unpruned, 2)
+
+
+def test_order_of_tasks_and_models_does_not_matter() -> None:
+    one, two = random_scores(1, 0.4), random_scores(9, 0.6)
+    turned = dict(reversed(one.items())), dict(reversed(two.items()))
+    found, expected = recovered_percent(*turned), recovered_percent(one, two)
+    assert (found.low, found.high) == (expected.low, expected.high)
+    assert found.value == pytest.approx(expected.value, rel=1e-12)
+    ahead, behind = bootstrap_averages({"x": one, "y": two}, 0), bootstrap_averages({"y": two, "x": one}, 0)
+    assert all(np.array_equal(ahead[name], behind[name]) for name in "xy")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": items(1, 0)},
+        {"a": items(1, 0, 1), "b": items(1)},
+        {"c": items(1, 0, 1)},
+        {},
+    ],
+    ids=["fewer items", "one more task", "another task", "nothing"],
+)
+def test_scores_on_other_items_are_never_compared(other: dict[str, Items]) -> None:
+    scores = {"a": items(1, 0, 1)}
+    for compare in (recovered_percent, difference):
+        with pytest.raises(ValueError, match="not scored on the same items"):
+            compare(scores, other)

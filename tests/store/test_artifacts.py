@@ -1,0 +1,390 @@
+"""The artifact store on a real S3 server and on a folder: what is published is whole, and what is not is not found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from s3fs import S3FileSystem
+
+from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
+from tasks.domain.stage import Stage
+from tasks.store.artifacts import MANIFEST, ArtifactStore, Manifest, sha256_of
+
+WRITERS = 24
+FILES = {"rows.jsonl": b'{"id": 1}\n', "deep/er/weights.bin": bytes(range(256)) * 40, "deep/empty.txt": b""}
+
+
+@pytest.fixture(params=["s3", "file"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
+    """An empty store of its own for each test, once on S3 and once on a folder."""
+    if request.param == "s3":
+        request.getfixturevalue("stack")
+        root = f"s3://sdd/{uuid4().hex}"
+    else:
+        root = f"file://{tmp_path}/store"
+    store = ArtifactStore(root, tmp_path / "mirror")
+    store.check()
+    return store
+
+
+@pytest.fixture
+def s3(stack: dict[str, str], tmp_path: Path) -> Iterator[str]:
+    """A root on S3 for tests that change the environment; clients made meanwhile are forgotten."""
+    S3FileSystem.clear_instance_cache()
+    yield f"s3://sdd/{uuid4().hex}"
+    S3FileSystem.clear_instance_cache()
+
+
+def stage(name: str = "rows", **recipe: Any) -> Stage:
+    return Stage(name, 1, {"seed": 0, **recipe}, slug="pico")
+
+
+def produced(folder: Path, files: dict[str, bytes] = FILES) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def mirrored(store: ArtifactStore) -> list[Path]:
+    return [path for path in store.mirror.rglob("*") if path.is_file()] if store.mirror.exists() else []
+
+
+def test_publish_find_and_fetch_give_the_same_files(store: ArtifactStore, tmp_path: Path) -> None:
+    assert store.find(stage()) is None
+    published = store.publish(stage(), produced(tmp_path / "out"), {"rows": 1}, 1.23456)
+    found = store.find(stage())
+    assert found == published
+    assert found.facts == {"rows": 1} and found.seconds == 1.235
+    assert found.identity == stage().identity() and found.key == stage().key
+    assert {name: entry["bytes"] for name, entry in found.files.items()} == {n: len(c) for n, c in FILES.items()}
+    assert contents(store.fetch(found)) == FILES
+    assert store.manifest_at(store.uri(stage())) == published
+
+
+def test_another_machine_downloads_the_same_files(store: ArtifactStore, tmp_path: Path) -> None:
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    elsewhere = ArtifactStore(store.root, tmp_path / "elsewhere")
+    folder = elsewhere.fetch(published)
+    assert folder == tmp_path / "elsewhere" / stage().address
+    assert contents(folder) == FILES
+    assert [path.name for path in elsewhere.mirror.iterdir()] == ["rows"], "nothing of the download is left beside it"
+
+
+def test_a_deleted_mirror_is_downloaded_again(store: ArtifactStore, tmp_path: Path) -> None:
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    shutil.rmtree(store.mirror)
+    assert contents(store.fetch(published)) == FILES
+
+
+def test_the_manifest_says_who_made_it(store: ArtifactStore, tmp_path: Path) -> None:
+    made_by = store.publish(stage(), produced(tmp_path / "out"), {}, 0).made_by
+    assert made_by["host"] and made_by["user"] and made_by["libraries"]["torch"]
+    assert len(made_by["code_commit"].removesuffix("-dirty")) == 40
+
+
+def test_without_a_manifest_there_is_no_artifact(store: ArtifactStore, tmp_path: Path) -> None:
+    store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    store.fs.rm_file(f"{store.uri(stage())}/{MANIFEST}")
+    assert store.fs.exists(f"{store.uri(stage())}/rows.jsonl")
+    assert store.find(stage()) is None
+    with pytest.raises(ArtifactError, match=r"is gone from the store; run the flow again"):
+        store.manifest_at(store.uri(stage()))
+
+
+def test_a_stage_with_another_recipe_is_not_found(store: ArtifactStore, tmp_path: Path) -> None:
+    store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    assert store.find(stage(rows=5)) is None
+
+
+def test_the_second_publisher_gets_what_the_first_published(store: ArtifactStore, tmp_path: Path) -> None:
+    first = store.publish(stage(), produced(tmp_path / "one"), {"rows": 1}, 1)
+    second = store.publish(stage(), produced(tmp_path / "two", {"rows.jsonl": b"other"}), {"rows": 2}, 2)
+    assert second == first
+    shutil.rmtree(store.mirror)
+    assert contents(store.fetch(second)) == FILES
+
+
+def test_a_stage_that_wrote_nothing_is_not_published(store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ArtifactError, match="rows: the stage wrote no file"):
+        store.publish(stage(), tmp_path / "out", {}, 0)
+    assert store.find(stage()) is None
+
+
+def test_an_upload_that_breaks_off_leaves_no_artifact(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = store.fs.put
+
+    def half(sources: list[str], targets: list[str], **options: Any) -> None:
+        put(sources[:1], targets[:1], **options)
+        raise ConnectionResetError("the network went away")
+
+    monkeypatch.setattr(store.fs, "put", half)
+    with pytest.raises(StoreUnavailable) as caught:
+        store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    assert caught.value.retryable
+    assert store.find(stage()) is None
+    assert not mirrored(store)
+    monkeypatch.undo()
+    published = store.publish(stage(), produced(tmp_path / "again"), {}, 0)
+    shutil.rmtree(store.mirror)
+    assert contents(store.fetch(published)) == FILES
+
+
+def test_the_manifest_is_written_after_every_file(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, seen = store.fs.put, []
+
+    def watched(sources: list[str], targets: list[str], **options: Any) -> Any:
+        done = put(sources, targets, **options)
+        seen.append(store.find(stage()))
+        return done
+
+    monkeypatch.setattr(store.fs, "put", watched)
+    store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("planted", [b'{"id": 2}\n', b""], ids=["other bytes", "cut off"])
+def test_an_object_that_rotted_is_named_and_not_kept(store: ArtifactStore, tmp_path: Path, planted: bytes) -> None:
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    store.fs.pipe_file(f"{store.uri(stage())}/rows.jsonl", planted)
+    shutil.rmtree(store.mirror)
+    with pytest.raises(ArtifactError, match=r"rows\.jsonl does not have the sha256 of its manifest") as caught:
+        store.fetch(published)
+    assert store.uri(stage()) in str(caught.value)
+    assert not list(store.mirror.rglob("*"))
+
+
+def test_an_object_that_is_gone_is_an_artifact_error(store: ArtifactStore, tmp_path: Path) -> None:
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    store.fs.rm_file(f"{store.uri(stage())}/rows.jsonl")
+    shutil.rmtree(store.mirror)
+    with pytest.raises(ArtifactError, match=r"rows\.jsonl"):
+        store.fetch(published)
+    assert not list(store.mirror.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "deep/../../x", ".."])
+def test_a_manifest_may_not_name_files_elsewhere(store: ArtifactStore, tmp_path: Path, name: str) -> None:
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    shutil.rmtree(store.mirror)
+    evil = replace(published, files={**published.files, name: published.files["rows.jsonl"]})
+    with pytest.raises(ArtifactError, match="outside of its folder"):
+        store.fetch(evil)
+    assert not mirrored(store)
+
+
+@pytest.mark.parametrize("text", [b"", b"no json", b"[]", b'{"stage": "rows"}'])
+def test_a_broken_manifest_is_named(store: ArtifactStore, tmp_path: Path, text: bytes) -> None:
+    store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    store.fs.pipe_file(f"{store.uri(stage())}/{MANIFEST}", text)
+    with pytest.raises(ArtifactError, match=rf"{stage().address}/{MANIFEST} is no manifest"):
+        store.find(stage())
+
+
+def test_a_manifest_of_another_key_is_never_taken(store: ArtifactStore, tmp_path: Path) -> None:
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    other = json.dumps({**published.__dict__, "key": "f" * 64}).encode()
+    store.fs.pipe_file(f"{store.uri(stage())}/{MANIFEST}", other)
+    with pytest.raises(ArtifactError, match="f" * 64):
+        store.find(stage())
+
+
+def test_the_newest_artifact_tells_what_changed(store: ArtifactStore, tmp_path: Path) -> None:
+    assert store.newest_change(stage()) is None
+    store.publish(stage(), produced(tmp_path / "one"), {}, 0)
+    assert store.newest_change(stage(rows=5)) == ["recipe.rows: null -> 5"]
+    assert store.newest_change(stage()) == []
+    assert store.newest_change(stage("score")) is None
+
+
+def test_a_report_lies_beside_the_artifacts(store: ArtifactStore, tmp_path: Path) -> None:
+    folder = produced(tmp_path / "report", {"report.html": b"<html>", "report.json": b"{}"})
+    uri = store.upload_report(folder, "run-1")
+    assert uri == f"{store.root}/reports/run-1"
+    assert store.fs.cat_file(f"{uri}/report.html") == b"<html>"
+    assert store.fs.cat_file(f"{uri}/report.json") == b"{}"
+
+
+def test_many_publishers_at_once_agree_on_one(store: ArtifactStore, tmp_path: Path) -> None:
+    """Every one brings other bytes, as two GPUs may; the files that stand must be those of the manifest that stands."""
+    start = threading.Barrier(WRITERS)
+
+    def publish(number: int) -> Manifest:
+        folder = produced(tmp_path / f"out-{number}", {"rows.jsonl": f"written by {number}\n".encode()})
+        own = ArtifactStore(store.root, tmp_path / f"mirror-{number}")
+        start.wait()
+        return own.publish(stage(), folder, {"writer": number}, 0)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        manifests = list(pool.map(publish, range(WRITERS)))
+    winner = store.find(stage())
+    assert winner is not None
+    assert [manifest.facts for manifest in manifests] == [winner.facts] * WRITERS
+    assert contents(store.fetch(winner)) == {"rows.jsonl": f"written by {winner.facts['writer']}\n".encode()}
+
+
+def test_many_publishers_of_equal_files_leave_one_whole_artifact(store: ArtifactStore, tmp_path: Path) -> None:
+    start = threading.Barrier(WRITERS)
+
+    def publish(number: int) -> Manifest:
+        folder = produced(tmp_path / f"out-{number}")
+        own = ArtifactStore(store.root, tmp_path / f"mirror-{number}")
+        start.wait()
+        return own.publish(stage(), folder, {"writer": number}, 0)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        manifests = list(pool.map(publish, range(WRITERS)))
+    winner = store.find(stage())
+    assert winner is not None
+    assert [manifest.facts for manifest in manifests] == [winner.facts] * WRITERS
+    assert contents(store.fetch(winner)) == FILES
+
+
+def test_a_slow_publisher_does_not_overwrite_the_files_of_a_quick_one(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quick one publishes between the slow one's look and its upload."""
+    quick = ArtifactStore(store.root, tmp_path / "quick-mirror")
+    put = store.fs.put
+    published: list[Manifest] = []
+
+    def after_the_quick_one(sources: list[str], targets: list[str], **options: Any) -> Any:
+        if not published:
+            published.append(Manifest("", "", "", {}, {}, {}, 0, ""))  # the quick one comes by here too
+            published[0] = quick.publish(stage(), produced(tmp_path / "quick", {"rows.jsonl": b"quick"}), {}, 0)
+        return put(sources, targets, **options)
+
+    monkeypatch.setattr(store.fs, "put", after_the_quick_one)
+    given = store.publish(stage(), produced(tmp_path / "slow", {"rows.jsonl": b"slow"}), {}, 0)
+    assert given == published[0]
+    assert contents(ArtifactStore(store.root, tmp_path / "third").fetch(given)) == {"rows.jsonl": b"quick"}
+
+
+def test_many_readers_at_once_get_one_folder(store: ArtifactStore, tmp_path: Path) -> None:
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    shutil.rmtree(store.mirror)
+    start = threading.Barrier(8)
+
+    def fetch(_: int) -> dict[str, bytes]:
+        start.wait()
+        return contents(store.fetch(published))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fetch, range(8))) == [FILES] * 8
+    assert [path.name for path in store.mirror.iterdir()] == ["rows"]
+
+
+def test_check_makes_a_bucket_that_is_not_there(s3: str, tmp_path: Path) -> None:
+    bucket = f"sdd-{uuid4().hex[:8]}"
+    store = ArtifactStore(f"s3://{bucket}/artifacts/", tmp_path)
+    store.check()
+    assert store.fs.exists(bucket)
+    store.check()
+    assert store.uri(stage()) == f"s3://{bucket}/artifacts/{stage().address}"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong-secret-1b9f"}, ConfigError),
+        ({"AWS_ACCESS_KEY_ID": "WRONGID7c2e", "AWS_SECRET_ACCESS_KEY": "wrong-secret-1b9f"}, ConfigError),
+        ({"AWS_ENDPOINT_URL": "closed port"}, StoreUnavailable),
+    ],
+    ids=["wrong secret", "unknown key id", "closed port"],
+)
+@pytest.mark.parametrize("action", ["check", "find", "publish"])
+def test_a_store_that_cannot_be_used_says_which_setting(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, str], expected: type[PipelineError], action: str,
+) -> None:  # fmt: skip
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        for name, value in changed.items():
+            port = unused.getsockname()[1]
+            monkeypatch.setenv(name, f"http://127.0.0.1:{port}" if value == "closed port" else value)
+        store = ArtifactStore(s3, tmp_path / "mirror")
+        with pytest.raises(PipelineError) as caught:
+            if action == "check":
+                store.check()
+            elif action == "find":
+                store.find(stage())
+            else:
+                store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    assert type(caught.value) is expected
+    message = str(caught.value)
+    assert ("AWS_ENDPOINT_URL" if expected is StoreUnavailable else "AWS_SECRET_ACCESS_KEY") in message
+    assert "127.0.0.1" in message and "\n" not in message
+    for secret in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+        assert monkeypatch_value(secret) not in message
+
+
+def monkeypatch_value(name: str) -> str:
+    import os
+
+    return os.environ[name]
+
+
+def test_no_credentials_at_all_are_asked_for(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID"):
+        ArtifactStore(s3, tmp_path).check()
+
+
+def test_an_unset_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SDD_STORE", raising=False)
+    with pytest.raises(ConfigError, match="SDD_STORE is not set"):
+        ArtifactStore.from_environment()
+    monkeypatch.setenv("SDD_STORE", "")
+    with pytest.raises(ConfigError, match="SDD_STORE is not set"):
+        ArtifactStore.from_environment()
+
+
+@pytest.mark.parametrize("root", ["bucket/prefix", "/tmp/store", "http://host/x", "gs://bucket", "S3"])
+def test_an_unknown_scheme_is_named(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDD_STORE", root)
+    with pytest.raises(ConfigError, match=f"SDD_STORE={root}: give s3://bucket/prefix or file:///folder"):
+        ArtifactStore.from_environment()
+
+
+def test_the_environment_names_store_and_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDD_STORE", f"file://{tmp_path}/store/")
+    monkeypatch.setenv("SDD_MIRROR", str(tmp_path / "mirror"))
+    store = ArtifactStore.from_environment()
+    assert (store.root, store.mirror) == (f"file://{tmp_path}/store", tmp_path / "mirror")
+    assert ArtifactStore.from_environment() is store
+
+
+def test_a_store_that_may_not_be_written_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file where the folder should be")
+    store = ArtifactStore(f"file://{tmp_path}/store", tmp_path / "mirror")
+    with pytest.raises(PipelineError, match="SDD_STORE"):
+        store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+
+
+def test_sha256_of_a_known_file(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
