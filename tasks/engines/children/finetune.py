@@ -34,10 +34,9 @@ def finetune(request: dict[str, Any], out: Path, report: Report) -> None:
     )  # fmt: skip
     model = get_peft_model(model, lora)
     losses = _Losses(report)
-    trainer = Trainer(
-        model=model, args=_arguments(request, out), train_dataset=examples,
-        data_collator=lambda batch: _padded(batch), callbacks=[losses],
-    )  # fmt: skip
+    trainer = AnswerTrainer(
+        model=model, args=_arguments(request, out), train_dataset=examples, data_collator=packed, callbacks=[losses]
+    )
     trainer.train()
     model.save_pretrained(out)
     with (out / "loss.jsonl").open("w") as file:
@@ -79,14 +78,37 @@ def _examples(request: dict[str, Any], tokenizer: Any) -> tuple[_Examples, dict[
     return _Examples(examples), counts
 
 
-def _padded(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    longest = max(len(example["input_ids"]) for example in batch)
+def packed(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """One sequence of all rows without padding, (1, tokens) each; positions start again with every row.
 
-    def stack(name: str, filler: int) -> torch.Tensor:
-        return torch.tensor([example[name] + [filler] * (longest - len(example[name])) for example in batch])
+    Attention stays within a row: without a mask, the model derives the borders from the positions.
+    """
+    return {
+        "input_ids": torch.tensor([[token for row in batch for token in row["input_ids"]]]),
+        "position_ids": torch.tensor([[place for row in batch for place in range(len(row["input_ids"]))]]),
+        "labels": torch.tensor([[label for row in batch for label in row["labels"]]]),
+    }
 
-    attention = torch.tensor([[int(i < len(example["input_ids"])) for i in range(longest)] for example in batch])
-    return {"input_ids": stack("input_ids", 0), "labels": stack("labels", IGNORED), "attention_mask": attention}
+
+class AnswerTrainer(Trainer):
+    """Computes logits only where a label is: on a small model the vocabulary is most of the work."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy over the answer tokens of the whole optimizer step."""
+        loss = answer_loss(model, inputs) / (num_items_in_batch or (inputs["labels"] != IGNORED).sum())
+        return (loss, None) if return_outputs else loss
+
+
+def answer_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Summed cross-entropy of the answer tokens of a packed batch."""
+    labels = inputs["labels"][0]
+    answers = torch.nonzero(labels != IGNORED).squeeze(1)
+    logits = model(
+        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False, logits_to_keep=answers - 1
+    ).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), labels[answers], reduction="sum")
 
 
 def _arguments(request: dict[str, Any], out: Path) -> TrainingArguments:
