@@ -22,6 +22,8 @@ $(VENV)/.ready-$(EXTRA): requirements-$(EXTRA).lock
 demo: setup
 	$(BIN)/python -m flows.recover demo-cpu
 
+# Without SDD_DATA_ROOT and without that folder the data comes from the hub.
+real: export SDD_DATA_ROOT ?= $(wildcard ../shared/data)
 real: setup
 	$(BIN)/python -m flows.recover smollm2-135m
 

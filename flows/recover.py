@@ -10,9 +10,7 @@ and measure on the OpenLLM Leaderboard v1 how much of the quality came back.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -127,7 +125,6 @@ def main() -> int:
     )
     parser.add_argument("--plan", action="store_true", help="print every stage with hit or miss, and run nothing")
     options = parser.parse_args()
-    started = time.monotonic()
     try:
         preset = load_preset(options.preset, tuple(options.overrides))
         with environment(prefect=not options.plan):
@@ -139,7 +136,6 @@ def main() -> int:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    logging.getLogger(__name__).info("finished in %.0f s", time.monotonic() - started)
     print(f"report: {folder}")
     return 0
 

@@ -130,6 +130,40 @@ def test_deleted_artifact_runs_exactly_its_stage_again(first: dict[str, Any], pr
     assert [line.split()[1:3] for line in plan.splitlines() if line.startswith("miss")] == [["finetune", "sft"]]
 
 
+def test_sigterm_ends_the_run_and_its_children_and_the_next_run_completes(first: dict[str, Any], preset: str) -> None:
+    """What is finished stays finished, what was running leaves neither a process nor half an artifact."""
+    changed = ("--set", "evaluate.max_length=768")
+    command = [sys.executable, "-m", "flows.recover", preset, *changed]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.stdout is not None
+    for line in run.stdout:
+        if "loading the model" in line:
+            break
+    assert own_children(run.pid)
+    run.terminate()
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert not own_children(run.pid)
+    store = ArtifactStore.from_environment()
+    folders = {path.rsplit("/", 1)[0] for path in store.fs.find(f"{store.root}/evaluate")}
+    assert all(store.fs.exists(f"{folder}/manifest.json") for folder in folders)
+    assert run_cli(preset, "--plan", *changed).stdout.count("hit ") == STAGES - 24
+
+
+def own_children(parent: int) -> list[str]:
+    """Command lines of the engine children that live below this process, or that lost it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().decode(errors="replace")
+            state, above = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+        except OSError:
+            continue
+        if "tasks.engines.children" in command and state != "Z" and above in (str(parent), "1"):
+            found.append(command)
+    return found
+
+
 def test_plan_names_the_changed_field(first: dict[str, Any], preset: str) -> None:
     plan = run_cli(preset, "--plan", "--set", "distil.temperature=0.1").stdout
     line = next(line for line in plan.splitlines() if line.split()[1] == "distil")

@@ -1,0 +1,636 @@
+"""The process border and the real programs behind it, on a pico model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from tasks.domain.errors import DataError, EngineError, GateError, ModelUnsupported, PipelineError
+from tasks.domain.recipe import Finetune, Runtime
+from tasks.domain.span import Span
+from tasks.engines.child import _environment, run_child
+from tasks.engines.children.finetune import IGNORED, _examples, _padded
+from tasks.engines.children.merge import merge
+from tasks.engines.children.verify import verify
+from tasks.prune import cut
+from tests.conftest import build_pico, pocket_pairs, write_jsonl
+
+RUNTIME = Runtime(device="cpu", timeout_minutes=5)
+SPAN = Span(2, 2, 6)
+END_OF_TIMES = 3600
+
+
+def quiet(_done: float, _text: str) -> None:
+    """Progress that nobody looks at."""
+
+
+def descendants(parent: int) -> list[int]:
+    """Processes below `parent`, zombies left out."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[1]) == parent and fields[0] != "Z":
+                found += [int(entry.name), *descendants(int(entry.name))]
+    return found
+
+
+def children_running(name: str) -> list[int]:
+    """Our own children that run this program."""
+
+    def command(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            return ""
+
+    return [pid for pid in descendants(os.getpid()) if f"tasks.engines.children.{name}" in command(pid)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Make every Python child first run some code, which stands for a fault; returns a folder it may write to."""
+
+    def plant(code: str) -> Path:
+        site, notes = tmp_path / "site", tmp_path / "notes"
+        site.mkdir()
+        notes.mkdir()
+        prelude = "import json, os, pathlib, signal, subprocess, time\n"
+        (site / "sitecustomize.py").write_text(f"{prelude}notes = pathlib.Path({str(notes)!r})\n{code}\n")
+        monkeypatch.setenv("PYTHONPATH", str(site))
+        return notes
+
+    return plant
+
+
+# --- the border -------------------------------------------------------------------------------------------
+
+
+def test_credentials_do_not_reach_a_child(at_start: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PREFECT_API_KEY", "PREFECT_API_URL", "HF_TOKEN",
+               "HUGGING_FACE_HUB_TOKEN")  # fmt: skip
+    for name in secrets:
+        monkeypatch.setenv(name, "topsecret")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
+    notes = at_start("(notes / 'environment.json').write_text(json.dumps(dict(os.environ)))\nos._exit(3)")
+    with pytest.raises(EngineError, match="score: the child process ended with status 3"):
+        run_child("score", {}, notes / "out", RUNTIME, quiet)
+    seen = json.loads((notes / "environment.json").read_text())
+    assert not [name for name in seen if name.startswith(("AWS_", "PREFECT_"))]
+    assert "topsecret" not in seen.values()
+    assert seen["HTTPS_PROXY"] == "http://proxy"
+    assert seen.keys() >= _environment(RUNTIME).keys() - {"_"}
+
+
+def test_the_environment_of_a_child_follows_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    found = _environment(Runtime(kv_cache_gb=3))
+    assert "AWS_ACCESS_KEY_ID" not in found
+    assert found["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert found["OMP_NUM_THREADS"] == "7"
+    assert found["PYTHONPATH"].split(os.pathsep)[1:] == ["/mine"]
+    assert os.environ["AWS_ACCESS_KEY_ID"] == "id", "the parent keeps its own"
+
+
+def test_a_child_that_takes_too_long_is_ended(at_start: Callable[[str], Path], tmp_path: Path) -> None:
+    notes = at_start(f"(notes / 'pid').write_text(str(os.getpid()))\ntime.sleep({END_OF_TIMES})")
+    runtime = RUNTIME.model_copy(update={"timeout_minutes": 0.05})
+    with pytest.raises(EngineError, match=r"took longer than runtime\.timeout_minutes=0\.05") as caught:
+        run_child("score", {}, tmp_path / "out", runtime, quiet)
+    assert caught.value.retryable
+    assert not is_alive(int((notes / "pid").read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_child_ended_by_a_signal_names_it(
+    at_start: Callable[[str], Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    at_start(f"print('last words', flush=True)\nos.kill(os.getpid(), {int(number)})")
+    with pytest.raises(EngineError, match=f"score: the child process was ended by {number.name}") as caught:
+        run_child("score", {}, tmp_path / "out", RUNTIME, quiet)
+    assert caught.value.retryable
+    assert "last words" in str(caught.value), "the end of its log belongs to the error"
+
+
+def test_a_grandchild_does_not_outlive_the_child(at_start: Callable[[str], Path], tmp_path: Path) -> None:
+    notes = at_start(
+        f"worker = subprocess.Popen(['sleep', '{END_OF_TIMES}'])\n"
+        "(notes / 'pid').write_text(str(worker.pid))\n"
+        "os._exit(5)"
+    )
+    with pytest.raises(EngineError, match="status 5"):
+        run_child("score", {}, tmp_path / "out", RUNTIME, quiet)
+    assert not is_alive(int((notes / "pid").read_text()))
+
+
+def test_a_grandchild_that_ignores_sigterm_does_not_outlive_the_child(
+    at_start: Callable[[str], Path], tmp_path: Path
+) -> None:
+    notes = at_start(
+        "reader, writer = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    os.closerange(3, writer)\n"
+        "    (notes / 'pid').write_text(str(os.getpid()))\n"
+        "    os.write(writer, b'x')\n"
+        "    os.close(writer)\n"
+        f"    time.sleep({END_OF_TIMES})\n"
+        "os.read(reader, 1)\n"
+        "os._exit(5)"
+    )
+    with pytest.raises(EngineError, match="status 5"):
+        run_child("score", {}, tmp_path / "out", RUNTIME, quiet)
+    assert not is_alive(int((notes / "pid").read_text()))
+
+
+def test_a_worker_that_holds_the_pipe_does_not_hide_that_the_child_died(
+    at_start: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A forked worker inherits the progress pipe; the parent must not wait for it to close until the deadline."""
+    notes = at_start(
+        "worker = os.fork()\n"
+        f"if worker == 0:\n    time.sleep({END_OF_TIMES})\n"
+        "(notes / 'pid').write_text(str(worker))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    runtime = RUNTIME.model_copy(update={"timeout_minutes": 0.3})
+    with pytest.raises(EngineError, match="was ended by SIGKILL"):
+        run_child("score", {}, tmp_path / "out", runtime, quiet)
+    assert not is_alive(int((notes / "pid").read_text()))
+
+
+def test_a_crash_inside_a_child_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="score: the child process ended with status 1") as caught:
+        run_child("score", {"checkpoint": str(tmp_path / "nowhere")}, tmp_path / "out", RUNTIME, quiet)
+    assert "nowhere" in str(caught.value) and "Error" in str(caught.value)
+    assert caught.value.retryable
+    assert not children_running("score")
+
+
+def test_a_child_killed_at_work_is_named_and_its_group_is_gone(pico: Path, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill(_done: float, _text: str) -> None:
+        if not killed:
+            (pid,) = children_running("score")
+            assert os.getpgid(pid) == pid != os.getpgid(0), "a group of its own"
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+
+    request = score_request(pico, tmp_path, documents=["A calibration text, long enough. " * 8] * 2000)
+    with pytest.raises(EngineError, match="ended by SIGKILL"):
+        run_child("score", request, tmp_path / "out", RUNTIME.model_copy(update={"batch": 1}), kill)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(killed[0], 0)
+
+
+def test_an_error_in_the_parent_ends_the_child(pico: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def interrupted(_done: float, _text: str) -> None:
+        seen.extend(children_running("score"))
+        raise KeyboardInterrupt
+
+    request = score_request(pico, tmp_path, documents=["A calibration text, long enough. " * 8] * 2000)
+    with pytest.raises(KeyboardInterrupt):
+        run_child("score", request, tmp_path / "out", RUNTIME.model_copy(update={"batch": 1}), interrupted)
+    assert len(seen) == 1 and not is_alive(seen[0])
+    assert not children_running("score")
+
+
+def test_the_own_error_of_a_child_comes_through(pico: Path, tmp_path: Path) -> None:
+    request = score_request(pico, tmp_path, documents=["short"])
+    with pytest.raises(DataError, match=r"score\.calibration: no document has 16 tokens") as caught:
+        run_child("score", request, tmp_path / "out", RUNTIME, quiet)
+    assert caught.value.exit_status == 2 and not caught.value.retryable
+
+
+# --- score ------------------------------------------------------------------------------------------------
+
+
+def score_request(checkpoint: Path, folder: Path, documents: list[str], **fields: Any) -> dict[str, Any]:
+    path = folder / "documents.json"
+    path.write_text(json.dumps(documents))
+    return {"checkpoint": str(checkpoint), "documents": str(path), "samples": len(documents), "length": 48,
+            "metric": "angular", "token": "last", "dtype": "float32", **fields}  # fmt: skip
+
+
+def states_by_hand(model: Any, ids: list[int]) -> list[torch.Tensor]:
+    """The state of the last token before each block and after the last one, one block at a time, without padding."""
+    inner, length = model.model, len(ids)
+    hidden = inner.embed_tokens(torch.tensor([ids]))
+    positions = torch.arange(length)[None]
+    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+    states = [hidden]
+    for block in inner.layers:
+        hidden = block(
+            hidden, attention_mask=mask, position_ids=positions, position_embeddings=inner.rotary_emb(hidden, positions)
+        )
+        states.append(hidden)
+    return [state[0, -1] for state in states]
+
+
+@pytest.fixture(scope="module")
+def scored(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same documents of different lengths, scored one by one and four at a time."""
+    folder = tmp_path_factory.mktemp("score")
+    documents = ["tiny", *(pair["answer"] for pair in pocket_pairs()[:30])]
+    request = score_request(pico, folder, documents, samples=9)
+    outs = {}
+    for batch in (1, 4):
+        outs[batch] = folder / f"batch-{batch}"
+        run_child("score", request, outs[batch], RUNTIME.model_copy(update={"batch": batch}), quiet)
+    return outs
+
+
+@torch.inference_mode()
+def test_distances_equal_a_forward_pass_by_hand(pico: Path, scored: dict[int, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32, attn_implementation="eager").eval()
+    samples = [json.loads(line) for line in (scored[4] / "tokens.jsonl").read_text().splitlines()]
+    assert len({len(sample) for sample in samples}) > 2, "lengths must differ, or padding is not tried"
+    states = [states_by_hand(model, sample) for sample in samples]
+    found = json.loads((scored[4] / "distances.json").read_text())
+    assert (found["metric"], found["token"], found["samples"]) == ("angular", "last", 9)
+    for count in range(1, 7):
+        for start in range(6):
+            mean, std = (found[kind][count - 1][start] for kind in ("mean", "std"))
+            if start + count > 6:
+                assert mean is None and std is None
+                continue
+            each = []
+            for state in states:
+                one, other = state[start].double(), state[start + count].double()
+                cosine = float(one @ other) / (float(one @ one) * float(other @ other)) ** 0.5
+                each.append(np.arccos(min(1.0, cosine)) / np.pi)
+            assert mean == pytest.approx(np.mean(each), abs=1e-5)
+            assert std == pytest.approx(np.std(each, ddof=1), abs=1e-5)
+
+
+def test_the_batch_does_not_change_the_distances(scored: dict[int, Path]) -> None:
+    one, four = (json.loads((scored[batch] / "distances.json").read_text()) for batch in (1, 4))
+    for kind in ("mean", "std"):
+        first, second = (np.array(found[kind], dtype=float) for found in (one, four))
+        assert np.array_equal(np.isnan(first), np.isnan(second))
+        assert np.nanmax(np.abs(first - second)) < 1e-6
+    assert (scored[1] / "tokens.jsonl").read_text() == (scored[4] / "tokens.jsonl").read_text()
+
+
+def test_tokens_are_what_was_fed(pico: Path, scored: dict[int, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    encoded = [tokenizer.encode(pair["answer"])[:48] for pair in pocket_pairs()[:30]]
+    expected = [ids for ids in encoded if len(ids) >= 16][:9]
+    assert [json.loads(line) for line in (scored[1] / "tokens.jsonl").read_text().splitlines()] == expected
+
+
+def test_the_ranking_orders_the_means(scored: dict[int, Path]) -> None:
+    mean = json.loads((scored[4] / "distances.json").read_text())["mean"]
+    starts = json.loads((scored[4] / "ranking.json").read_text())["starts_by_count"]
+    for count, row in enumerate(mean, 1):
+        assert sorted(starts[count - 1]) == list(range(6 - count + 1))
+        values = [row[start] for start in starts[count - 1]]
+        assert values == sorted(values)
+
+
+# --- verify -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pruned(pico: Path, tmp_path: Path) -> dict[str, Any]:
+    """The request of a right cut."""
+    out = tmp_path / "pruned"
+    out.mkdir()
+    facts = cut(pico, out, SPAN)
+    return {"original": str(pico), "pruned": str(out), "removed": SPAN.removed, "parameters": facts["parameters"],
+            "runtime": RUNTIME.model_dump()}  # fmt: skip
+
+
+def rewritten(folder: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(Path(folder) / "model.safetensors")
+    change(weights)
+    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(request: dict[str, Any]) -> str:
+    with pytest.raises(GateError) as caught:
+        verify(request, Path(), quiet)
+    assert not caught.value.retryable
+    return str(caught.value)
+
+
+def test_a_right_cut_passes(pruned: dict[str, Any]) -> None:
+    seen: list[float] = []
+    verify(pruned, Path(), lambda done, _text: seen.append(done))
+    assert seen == sorted(seen) and len(seen) >= 2
+
+
+@pytest.mark.parametrize("span", [Span(0, 1, 4), Span(3, 1, 4), Span(0, 3, 4)], ids=str)
+def test_a_right_cut_of_an_untied_model_passes_at_either_end(tmp_path: Path, span: Span) -> None:
+    original, out = build_pico(tmp_path / "loose", tie_word_embeddings=False, num_hidden_layers=4), tmp_path / "out"
+    out.mkdir()
+    facts = cut(original, out, span)
+    verify({"original": str(original), "pruned": str(out), "removed": span.removed, "parameters": facts["parameters"],
+            "runtime": RUNTIME.model_dump()}, Path(), quiet)  # fmt: skip
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == facts["parameters"]
+    with pytest.raises(GateError, match="bypassed"):
+        verify({"original": str(original), "pruned": str(out), "removed": [(block + 1) % 4 for block in span.removed],
+                "parameters": facts["parameters"], "runtime": RUNTIME.model_dump()}, Path(), quiet)  # fmt: skip
+
+
+def test_a_wrong_number_of_parameters_is_refused_across_the_border(pruned: dict[str, Any], tmp_path: Path) -> None:
+    count = pruned["parameters"]
+    request = {**pruned, "parameters": count + 1}
+    with pytest.raises(GateError, match=f"has {count} parameters, the plan says {count + 1}"):
+        run_child("verify", request, tmp_path / "out", RUNTIME, quiet)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_refused(pruned: dict[str, Any], value: float) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.1.mlp.down_proj.weight"][3, 4] = value
+
+    rewritten(pruned["pruned"], change)
+    assert "not finite" in refused(pruned)
+
+
+def test_swapped_blocks_are_refused(pruned: dict[str, Any]) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if ".layers.1." in name]:
+            other = name.replace(".layers.1.", ".layers.2.")
+            weights[name], weights[other] = weights[other], weights[name]
+
+    rewritten(pruned["pruned"], change)
+    message = refused(pruned)
+    assert "logits of the pruned model differ" in message and "blocks [2, 3] bypassed" in message
+
+
+def test_the_wrong_blocks_are_refused(pruned: dict[str, Any]) -> None:
+    assert "blocks [1, 2] bypassed" in refused({**pruned, "removed": [1, 2]})
+
+
+def test_a_slightly_changed_weight_is_refused(pruned: dict[str, Any]) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.3.self_attn.v_proj.weight"] *= 1.05
+
+    rewritten(pruned["pruned"], change)
+    assert "logits of the pruned model differ" in refused(pruned)
+
+
+def test_a_missing_tensor_is_refused(pruned: dict[str, Any]) -> None:
+    rewritten(pruned["pruned"], lambda weights: weights.__delitem__("model.layers.0.mlp.up_proj.weight"))
+    message = refused(pruned)
+    assert "missing keys" in message and "model.layers.0.mlp.up_proj.weight" in message
+
+
+def test_a_block_too_many_is_refused(pruned: dict[str, Any]) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if ".layers.3." in name]:
+            weights[name.replace(".layers.3.", ".layers.4.")] = weights[name].clone()
+
+    rewritten(pruned["pruned"], change)
+    message = refused(pruned)
+    assert "unexpected keys" in message and "layers.4." in message
+
+
+def test_a_cache_that_changes_generation_is_refused(pruned: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a cut in memory that leaves two blocks with one cache slot."""
+    build = LlamaForCausalLM.__init__
+
+    def with_stale_number(self: Any, config: Any, *args: Any, **options: Any) -> None:
+        build(self, config, *args, **options)
+        if config.num_hidden_layers == 4:
+            self.model.layers[3].self_attn.layer_idx = 2
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", with_stale_number)
+    assert "key-value cache" in refused(pruned)
+
+
+def test_a_config_with_the_old_number_of_blocks_is_refused(pruned: dict[str, Any]) -> None:
+    path = Path(pruned["pruned"]) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 6}))
+    assert "missing keys" in refused(pruned)
+
+
+def test_a_model_without_that_many_blocks_is_unsupported(pruned: dict[str, Any]) -> None:
+    from tasks.engines.children.blocks import decoder_blocks
+
+    model = AutoModelForCausalLM.from_pretrained(pruned["pruned"])
+    assert len(decoder_blocks(model, 4)) == 4
+    with pytest.raises(ModelUnsupported, match="0 lists of 6 blocks instead of one"):
+        decoder_blocks(model, 6)
+
+
+# --- fine-tuning ------------------------------------------------------------------------------------------
+
+
+def training_row(number: int, answer: str, reference: str, **fields: Any) -> dict[str, Any]:
+    return {"id": f"r-{number}", "prompt": [{"role": "user", "content": f"Question {number}?"}], "answer": answer,
+            "reference": reference, "outcome": "accepted", **fields}  # fmt: skip
+
+
+def finetune_request(checkpoint: Path, rows: Path, answers: str = "answer", **fields: Any) -> dict[str, Any]:
+    recipe = Finetune(rank=4, alpha=8, learning_rate=5e-3, epochs=12, batch=4, max_length=64).model_dump()
+    return {"checkpoint": str(checkpoint), "rows": str(rows), "answers": answers, "runtime": RUNTIME.model_dump(),
+            **recipe, **fields}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five rows to train on, one that failed, and two that are too long in one of the arms."""
+    short = [training_row(i, f"The rewritten answer is {i}.", f"It is {i}.") for i in range(5)]
+    odd = [
+        training_row(5, "x", "y", outcome="failed"),
+        training_row(6, "word " * 60, "short"),
+        training_row(7, "short", "word " * 60),
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", short + odd)
+
+
+@pytest.fixture(scope="module")
+def trained(pico: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of the same request, each in a process of its own, with micro-batches of two."""
+    outs = [tmp_path_factory.mktemp("adapters") / name for name in ("first", "second")]
+    for out in outs:
+        run_child("finetune", finetune_request(pico, rows), out, RUNTIME.model_copy(update={"micro_batch": 2}), quiet)
+    return outs
+
+
+@pytest.mark.parametrize("answers", ["answer", "reference"])
+def test_only_the_answer_and_its_end_bear_loss(pico: Path, rows: Path, answers: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    examples, counts = _examples(finetune_request(pico, rows, answers), tokenizer)
+    trained_rows = [json.loads(line) for line in rows.read_text().splitlines()][:5]
+    assert len(examples) == 5
+    total = masked = 0
+    for example, row in zip((examples[i] for i in range(5)), trained_rows, strict=True):
+        by_hand = f"<|start|>user\n{row['prompt'][0]['content']}<|end|>\n<|start|>assistant\n"
+        prompt = tokenizer.encode(by_hand, add_special_tokens=False)
+        answer = [*tokenizer.encode(row[answers], add_special_tokens=False), tokenizer.eos_token_id]
+        assert example["input_ids"] == prompt + answer
+        for position, (token, label) in enumerate(zip(example["input_ids"], example["labels"], strict=True)):
+            assert label == (token if position >= len(prompt) else IGNORED)
+        total, masked = total + len(prompt + answer), masked + len(prompt)
+    assert counts == {"rows": 5, "too_long": 2, "failed": 1, "tokens": total, "trained_tokens": total - masked}
+
+
+def test_a_row_of_exactly_the_longest_length_stays(pico: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    path = write_jsonl(tmp_path / "rows.jsonl", [training_row(1, "an answer", "an answer")])
+    length = len(_examples(finetune_request(pico, path, max_length=500), tokenizer)[0][0]["input_ids"])
+    assert len(_examples(finetune_request(pico, path, max_length=length), tokenizer)[0]) == 1
+    with pytest.raises(DataError, match=rf"finetune\.max_length={length - 1}: no row is short enough"):
+        _examples(finetune_request(pico, path, max_length=length - 1), tokenizer)
+
+
+def test_both_arms_train_on_the_same_rows(pico: Path, rows: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    arms = [_examples(finetune_request(pico, rows, answers), tokenizer)[0] for answers in ("answer", "reference")]
+    prompts = [
+        [[token for token, label in zip(e["input_ids"], e["labels"], strict=True) if label == IGNORED] for e in arm.examples]
+        for arm in arms
+    ]
+    assert prompts[0] == prompts[1] and len(prompts[0]) == 5
+
+
+def test_padding_bears_no_loss_and_is_not_attended_to() -> None:
+    batch = _padded([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}])
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["input_ids"][1, 0] == 8 and batch["input_ids"].shape == (2, 3)
+
+
+def test_training_lowers_the_loss(trained: list[Path]) -> None:
+    entries = [json.loads(line) for line in (trained[0] / "loss.jsonl").read_text().splitlines()]
+    counts = json.loads((trained[0] / "tokens.json").read_text())
+    assert counts["rows"] == 5 and counts["too_long"] == 2 and counts["failed"] == 1
+    assert [entry["step"] for entry in entries] == list(range(1, counts["steps"] + 1))
+    assert counts["steps"] == 24, "five rows in steps of four, twelve times"
+    losses = [entry["loss"] for entry in entries]
+    assert losses[0] == pytest.approx(np.log(500), rel=0.2), "a random model knows nothing"
+    assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
+    assert max(entry["learning_rate"] for entry in entries) <= 5e-3
+
+
+def test_equal_seeds_give_equal_adapters_bit_for_bit(trained: list[Path]) -> None:
+    first, second = ((out / "adapter_model.safetensors").read_bytes() for out in trained)
+    assert first == second
+    assert (trained[0] / "loss.jsonl").read_text() == (trained[1] / "loss.jsonl").read_text()
+    weights = load_file(trained[0] / "adapter_model.safetensors")
+    assert any(float(weight.abs().max()) > 0 for name, weight in weights.items() if "lora_B" in name)
+    adapted = {name.split(".")[-3] for name in weights}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_another_seed_or_arm_gives_another_adapter(trained: list[Path], pico: Path, rows: Path, tmp_path: Path) -> None:
+    from tasks.engines.children.finetune import finetune
+
+    weights = {"first": load_file(trained[0] / "adapter_model.safetensors")}
+    for name, request in {
+        "seed": finetune_request(pico, rows, seed=1, epochs=1.0),
+        "arm": finetune_request(pico, rows, "reference", epochs=1.0),
+        "same": finetune_request(pico, rows, epochs=1.0),
+    }.items():
+        finetune(request, tmp_path / name, quiet)
+        weights[name] = load_file(tmp_path / name / "adapter_model.safetensors")
+    for one, other in (("seed", "same"), ("arm", "same"), ("seed", "arm")):
+        assert any(not torch.equal(weight, weights[other][name]) for name, weight in weights[one].items())
+
+
+# --- merge ------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    found = model.eval()(input_ids=torch.arange(40)[None] * 7 % 400).logits
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def test_the_merged_checkpoint_computes_what_the_adapter_does(
+    trained: list[Path], pico: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+    run_child("merge", {"checkpoint": str(pico), "adapter": str(trained[0])}, out, RUNTIME, quiet)
+    base = AutoModelForCausalLM.from_pretrained(pico)
+    plain = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, trained[0]))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    merged = logits(model)
+    assert float((adapted - plain).abs().max()) > 0.1, "the adapter must change something"
+    assert float((merged - adapted).abs().max()) < 1e-4 * float(adapted.abs().max())
+    assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+    assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(pico).chat_template
+    assert not list(out.glob("adapter*"))
+
+
+def test_a_merge_keeps_type_and_head_of_the_pruned_model(tmp_path: Path, rows: Path) -> None:
+    from tasks.engines.children.finetune import finetune
+
+    base = build_pico(tmp_path / "loose", tie_word_embeddings=False)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    (base / "span.json").write_text("{}")
+    finetune(finetune_request(base, rows, epochs=2.0), tmp_path / "adapter", quiet)
+    out = tmp_path / "merged"
+    out.mkdir()
+    merge({"checkpoint": str(base), "adapter": str(tmp_path / "adapter")}, out, quiet)
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {n: (w.dtype, w.shape) for n, w in after.items()} == {n: (w.dtype, w.shape) for n, w in before.items()}
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+    assert not (out / "span.json").exists(), "it describes the pruned checkpoint"
+
+
+def test_an_adapter_of_another_shape_is_an_error(trained: list[Path], pico: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained[0], adapter)
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 8}))
+    with pytest.raises(PipelineError, match="size mismatch"):
+        run_child("merge", {"checkpoint": str(pico), "adapter": str(adapter)}, tmp_path / "out", RUNTIME, quiet)
+
+
+def test_an_adapter_of_a_deeper_model_is_an_error(trained: list[Path], pruned: dict[str, Any], tmp_path: Path) -> None:
+    """Its tensors for blocks that are gone would be dropped in silence."""
+    with pytest.raises((PipelineError, RuntimeError, ValueError, KeyError)):
+        merge({"checkpoint": pruned["pruned"], "adapter": str(trained[0])}, tmp_path / "out", quiet)
+
+
+def test_a_merge_that_computes_something_else_is_refused(
+    trained: list[Path], pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = LlamaForCausalLM.save_pretrained
+
+    def spoiled(self: Any, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            self.model.layers[2].mlp.down_proj.weight.zero_()
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", spoiled)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(GateError, match=r"merged logits differ from the adapter's by"):
+        merge({"checkpoint": str(pico), "adapter": str(trained[0])}, tmp_path / "out", quiet)
