@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,24 +116,23 @@ def _service(
 ) -> Iterator[str]:
     """Share one process of this name between all runs of this checkout; yields its URL.
 
-    Every user holds a shared lock while it works; whoever then gets the exclusive lock is the last.
+    Every user holds a shared lock while it works; whoever then gets that lock exclusively is the last.
     """
     record = STATE / name / "server.json"
-    with (STATE / name / "users.lock").open("w") as users:
-        fcntl.flock(users, fcntl.LOCK_EX)
+    with (STATE / name / "users.lock").open("w") as users, (STATE / name / "change.lock").open("w") as change:
+        fcntl.flock(change, fcntl.LOCK_EX)
         running = json.loads(record.read_text()) if record.exists() else None
         if not running or not _answers(running["url"] + health):
             running = _start(name, command, port, health, extra)
             record.write_text(json.dumps(running))
         fcntl.flock(users, fcntl.LOCK_SH)
+        fcntl.flock(change, fcntl.LOCK_UN)
         try:
             yield running["url"]
         finally:
-            try:
+            fcntl.flock(change, fcntl.LOCK_EX)
+            with suppress(BlockingIOError):
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pass
-            else:
                 _stop(running["pid"])
                 record.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from tasks.domain.errors import DataError, EngineError, GateError, ModelUnsuppor
 from tasks.domain.recipe import Finetune, Runtime
 from tasks.domain.span import Span
 from tasks.engines.child import _environment, run_child
-from tasks.engines.children.finetune import IGNORED, _examples, _padded
+from tasks.engines.children.finetune import IGNORED, _examples, answer_loss, finetune, packed
 from tasks.engines.children.merge import merge
 from tasks.engines.children.verify import verify
 from tasks.prune import cut
@@ -515,11 +515,48 @@ def test_both_arms_train_on_the_same_rows(pico: Path, rows: Path) -> None:
     assert prompts[0] == prompts[1] and len(prompts[0]) == 5
 
 
-def test_padding_bears_no_loss_and_is_not_attended_to() -> None:
-    batch = _padded([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}])
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["input_ids"][1, 0] == 8 and batch["input_ids"].shape == (2, 3)
+def test_rows_are_packed_with_positions_of_their_own() -> None:
+    batch = packed([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8, 9], "labels": [IGNORED, 9]}])
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9]], "position_ids": [[0, 1, 2, 0, 1]], "labels": [[IGNORED, 6, 7, IGNORED, 9]],
+    }  # fmt: skip
+
+
+def test_the_loss_of_packed_rows_is_that_of_each_row_alone(pico: Path, rows: Path) -> None:
+    """Loss and gradient of whole rows through all logits, one row at a time: no row may see another."""
+    model = AutoModelForCausalLM.from_pretrained(pico).train()
+    examples = _examples(finetune_request(pico, rows), AutoTokenizer.from_pretrained(pico))[0].examples
+    weight = model.model.layers[0].self_attn.q_proj.weight
+
+    loss = answer_loss(model, packed(examples))
+    loss.backward()
+    gradient = weight.grad.clone()
+    model.zero_grad()
+
+    total = torch.zeros(())
+    for example in examples:
+        logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0]
+        for position, label in enumerate(example["labels"]):
+            if label != IGNORED:
+                total = total - logits[position - 1].log_softmax(0)[label]
+    total.backward()
+    assert float(loss) == pytest.approx(float(total), rel=1e-5)
+    assert torch.allclose(gradient, weight.grad, rtol=1e-3, atol=1e-3 * float(weight.grad.abs().max()))
+
+
+def test_the_micro_batch_does_not_change_the_training(pico: Path, rows: Path, tmp_path: Path) -> None:
+    entries = {}
+    for micro in (1, 2, 3, 4):
+        request = finetune_request(pico, rows, dropout=0.0, epochs=2.0)
+        request["runtime"] = {**request["runtime"], "micro_batch": micro}
+        finetune(request, tmp_path / str(micro), quiet)
+        lines = (tmp_path / str(micro) / "loss.jsonl").read_text().splitlines()
+        entries[micro] = [json.loads(line) for line in lines]
+    for micro in (2, 3, 4):
+        assert [entry["step"] for entry in entries[micro]] == [1, 2, 3, 4]
+        for entry, expected in zip(entries[micro], entries[1], strict=True):
+            assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+            assert entry["learning_rate"] == pytest.approx(expected["learning_rate"])
 
 
 def test_training_lowers_the_loss(trained: list[Path]) -> None:
@@ -545,8 +582,6 @@ def test_equal_seeds_give_equal_adapters_bit_for_bit(trained: list[Path]) -> Non
 
 
 def test_another_seed_or_arm_gives_another_adapter(trained: list[Path], pico: Path, rows: Path, tmp_path: Path) -> None:
-    from tasks.engines.children.finetune import finetune
-
     weights = {"first": load_file(trained[0] / "adapter_model.safetensors")}
     for name, request in {
         "seed": finetune_request(pico, rows, seed=1, epochs=1.0),
@@ -589,8 +624,6 @@ def test_the_merged_checkpoint_computes_what_the_adapter_does(
 
 
 def test_a_merge_keeps_type_and_head_of_the_pruned_model(tmp_path: Path, rows: Path) -> None:
-    from tasks.engines.children.finetune import finetune
-
     base = build_pico(tmp_path / "loose", tie_word_embeddings=False)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     (base / "span.json").write_text("{}")
