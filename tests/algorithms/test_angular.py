@@ -139,7 +139,7 @@ def test_the_first_and_the_last_block_can_be_the_least_important() -> None:
 
 
 def test_ranking_puts_the_nearest_states_first_and_leaves_nulls_out() -> None:
-    mean = [[0.3, 0.1, 0.2], [0.5, 0.4, None], [0.9, None, None]]
+    mean: list[list[float | None]] = [[0.3, 0.1, 0.2], [0.5, 0.4, None], [0.9, None, None]]
     assert ranking(mean) == [[1, 2, 0], [1, 0], [0]]
 
 

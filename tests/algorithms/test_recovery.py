@@ -81,7 +81,7 @@ def test_draws_are_those_of_a_paired_bootstrap(monkeypatch: pytest.MonkeyPatch) 
     models = {"one": {"a": items(1, 0, 0.5), "b": items(1, 0)}, "two": {"a": items(0, 1, 0.25), "b": items(0.5, 1)}}
     drawn = bootstrap_averages(models, seed=3)
     assert {name: len(values) for name, values in drawn.items()} == {"one": 40_000, "two": 40_000}
-    possible = [tuple(round(value, 9) for value in outcome) for outcome in every_draw([models["one"], models["two"]])]
+    possible = [(round(one, 9), round(two, 9)) for one, two in every_draw([models["one"], models["two"]])]
     found = [(round(float(a), 9), round(float(b), 9)) for a, b in zip(drawn["one"], drawn["two"], strict=True)]
     assert set(found) == set(possible), "pairs that no common draw can give, or that never come"
     for outcome in set(possible):

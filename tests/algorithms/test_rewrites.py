@@ -107,7 +107,8 @@ def test_copies_the_prompt() -> None:
 @pytest.mark.parametrize(
     "phrase",
     [
-        "The reference says so.", "This agrees with a reference.", "The given answer is right.", "See the provided solution.",
+        "The reference says so.", "This agrees with a reference.", "The given answer is right.",
+        "See the provided solution.",
         "That is the answer to your question.", "This is a response to this request.", "In my own words.",
         "Here it is in your own answer.", "The original question is odd.",
     ],

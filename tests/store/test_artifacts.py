@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from s3fs import S3FileSystem
+from fsspec import get_filesystem_class
 
 from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
 from tasks.domain.stage import Stage
@@ -41,9 +41,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
 @pytest.fixture
 def s3(stack: dict[str, str], tmp_path: Path) -> Iterator[str]:
     """A root on S3 for tests that change the environment; clients made meanwhile are forgotten."""
-    S3FileSystem.clear_instance_cache()
+    get_filesystem_class("s3").clear_instance_cache()
     yield f"s3://sdd/{uuid4().hex}"
-    S3FileSystem.clear_instance_cache()
+    get_filesystem_class("s3").clear_instance_cache()
 
 
 def stage(name: str = "rows", **recipe: Any) -> Stage:
@@ -350,13 +350,13 @@ def test_a_store_that_cannot_be_used_says_which_setting(
             port = unused.getsockname()[1]
             monkeypatch.setenv(name, f"http://127.0.0.1:{port}" if value == "closed port" else value)
         store = ArtifactStore(s3, tmp_path / "mirror")
+        actions: dict[str, Callable[[], object]] = {
+            "check": store.check,
+            "find": lambda: store.find(stage()),
+            "publish": lambda: store.publish(stage(), produced(tmp_path / "out"), {}, 0),
+        }
         with pytest.raises(PipelineError) as caught:
-            if action == "check":
-                store.check()
-            elif action == "find":
-                store.find(stage())
-            else:
-                store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+            actions[action]()
     if action == "check":  # at the start of a run the setting is the likelier culprit
         assert type(caught.value) is ConfigError
     else:

@@ -210,5 +210,7 @@ def test_count_parameters_equals_the_model(name: str, request: pytest.FixtureReq
 
 def test_a_stored_copy_of_a_tied_head_is_not_counted(pico: Path, tmp_path: Path) -> None:
     weights = load_file(pico / "model.safetensors")
-    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
+    )
     assert count_parameters(tmp_path, config_of(pico)) == count_parameters(pico, config_of(pico))

@@ -26,7 +26,6 @@ from tasks.store.sources import (
     checkpoint_files,
     data_root,
     gguf_file,
-    hub_commit,
     model_config,
     model_identity,
     model_revision,
@@ -157,7 +156,9 @@ def test_the_identity_of_a_table_is_its_content(tmp_path: Path) -> None:
     assert table_identity(one) != table_identity(two)
 
 
-def test_path_goes_before_the_data_root_and_that_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_goes_before_the_data_root_and_that_before_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "openllm").mkdir()
     for name in ("own.jsonl", "root.jsonl"):
         write_table(tmp_path / name, ROWS)
