@@ -158,6 +158,8 @@ def _environment(runtime: Runtime) -> dict[str, str]:
     return kept | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [kept.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
+        # Threads that spin at a barrier make a stage many times slower as soon as anything else wants a core.
+        "OMP_WAIT_POLICY": kept.get("OMP_WAIT_POLICY", "PASSIVE"),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
