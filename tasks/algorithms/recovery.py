@@ -39,7 +39,7 @@ def average(scores: Scores) -> float:
 def recovered_percent(model: Scores, unpruned: Scores, seed: int = 0) -> Estimate:
     """100 * average(model) / average(unpruned) with its paired bootstrap interval."""
     draws = bootstrap_averages({"model": model, "unpruned": unpruned}, seed)
-    return _estimate(100 * average(model) / average(unpruned), 100 * draws["model"] / draws["unpruned"])
+    return _estimate(100 * (average(model) / average(unpruned)), 100 * (draws["model"] / draws["unpruned"]))
 
 
 def difference(first: Scores, second: Scores, seed: int = 0) -> Estimate:

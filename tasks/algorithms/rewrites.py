@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 FINAL_ANSWER = re.compile(r"####\s*(.+)")
 REFUSAL = re.compile(
-    r"^\W*(i'?m sorry|i am sorry|sorry,|i can(?:'|no)t (?:help|assist|answer|provide)|i am unable|i'?m unable"
+    r"^\W*(i['’]?m sorry|i am sorry|sorry,|i can(?:['’]|no)t (?:help|assist|answer|provide)|i am unable|i['’]?m unable"
     r"|as an ai\b)",
     re.I,
 )

@@ -7,7 +7,7 @@ artifact's key. `Runtime` is how the work is done on this machine and enters no 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -123,6 +123,14 @@ class Dataset(Settings):
     sources: tuple[Rows, ...] = Field(min_length=1)
     seed: int = 0
 
+    @field_validator("sources")
+    @classmethod
+    def own_names(cls, sources: tuple[Rows, ...]) -> tuple[Rows, ...]:
+        names = [source.name for source in sources]
+        if doubled := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two sources are called {min(doubled)!r}; rows are known by their source's name")
+        return sources
+
 
 class Distil(Settings):
     """How the unpruned model rewrites the answers (paper, section 2.2)."""
@@ -142,10 +150,9 @@ class Distil(Settings):
     @field_validator("template")
     @classmethod
     def known_template(cls, name: str) -> str:
-        if not (TEMPLATES / f"{name}.yaml").is_file():
-            raise ValueError(
-                f"there is no such template; choose one of {', '.join(p.stem for p in TEMPLATES.glob('*.yaml'))}"
-            )
+        known = sorted(path.stem for path in TEMPLATES.glob("*.yaml"))
+        if name not in known:
+            raise ValueError(f"there is no such template; choose one of {', '.join(known)}")
         return name
 
     def messages(self) -> list[dict[str, str]]:
@@ -275,9 +282,10 @@ def _explain(error: ValidationError) -> str:
     """All faults of a preset in one sentence, each with its dotted key."""
     faults = []
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
+        parts, siblings = _locate(fault["loc"])
+        where = ".".join(parts)
         if fault["type"] == "extra_forbidden":
-            faults.append(f"{where}: unknown setting; remove it or correct its name{_siblings(fault['loc'])}")
+            faults.append(f"{where}: unknown setting; remove it or correct its name (known: {', '.join(siblings)})")
         elif fault["type"] == "missing":
             faults.append(f"{where}: missing; give it a value")
         else:
@@ -285,12 +293,29 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(faults)
 
 
-def _siblings(location: tuple[int | str, ...]) -> str:
-    node: Any = Preset
-    for part in location[:-1]:
-        fields = getattr(node, "model_fields", {})
-        if part not in fields:
-            return ""
-        node = fields[part].annotation
-    names = ", ".join(getattr(node, "model_fields", {}))
-    return f" (known: {names})" if names else ""
+def _locate(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The parts of a dotted key as a user writes them, and the settings that are known beside the last one."""
+    candidates: list[type[BaseModel]] = [Preset]
+    parts: list[str] = []
+    siblings: list[str] = []
+    for part in location:
+        chosen = [model for model in candidates if len(candidates) > 1 and part in _kinds(model)]
+        if chosen:  # pydantic names the member of a union that `kind` picks; a user does not
+            candidates = chosen
+            continue
+        parts.append(str(part))
+        fields = {name: field for model in candidates for name, field in model.model_fields.items()}
+        siblings = list(fields)
+        if part in fields:  # else an index, or a name within a table: what it holds stays the same
+            candidates = _settings_in(fields[str(part)].annotation)
+    return parts, siblings
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
+
+
+def _settings_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _settings_in(argument)]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+ABSENT = object()
 KEY_LENGTH = 12  # hex digits of the key that stand in an artifact's address
 
 
@@ -81,14 +82,15 @@ def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     """Dotted names of the fields in which two identities differ, as `name: old -> new`."""
     changes: list[str] = []
     for name in sorted(old.keys() | new.keys()):
-        before, after, where = old.get(name), new.get(name), f"{prefix}{name}"
+        where = f"{prefix}{name}"
+        before, after = (side.get(name, ABSENT) for side in (old, new))
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             changes += changed_fields(before, after, f"{where}.")
-        elif before != after:
+        elif _short(before, None) != _short(after, None):
             changes.append(f"{where}: {_short(before)} -> {_short(after)}")
     return changes
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _short(value: Any, longest: int | None = 40) -> str:
+    text = "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return text if longest is None or len(text) <= longest else f"{text[: longest - 3]}..."

