@@ -187,14 +187,14 @@ def _environment(runtime: Runtime) -> dict[str, str]:
         kept["VLLM_TARGET_DEVICE"] = "cpu"
     return kept | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [kept.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", str(os.cpu_count() or 1)),
+        "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // runtime.engines))),
         # Threads that spin at a barrier make a stage many times slower as soon as anything else wants a core.
         "OMP_WAIT_POLICY": kept.get("OMP_WAIT_POLICY", "PASSIVE"),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(runtime.kv_cache_gb),
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines side by side would be bound to the same cores
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is already alone in its process
     }
 

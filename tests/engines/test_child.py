@@ -123,6 +123,13 @@ def test_the_environment_of_a_child_follows_the_runtime(monkeypatch: pytest.Monk
     assert os.environ["AWS_ACCESS_KEY_ID"] == "id", "the parent keeps its own"
 
 
+def test_engines_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    threads = [_environment(Runtime(engines=engines))["OMP_NUM_THREADS"] for engines in (1, 2, 8)]
+    assert threads == ["6", "3", "1"]
+
+
 def test_a_child_that_takes_too_long_is_ended(at_start: Callable[[str], Path], tmp_path: Path) -> None:
     notes = at_start(f"(notes / 'pid').write_text(str(os.getpid()))\ntime.sleep({END_OF_TIMES})")
     runtime = RUNTIME.model_copy(update={"timeout_minutes": 0.05})
