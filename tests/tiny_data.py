@@ -45,7 +45,7 @@ def write_preset(path: Path, model: Path, **changes: Any) -> Path:
             "tasks": {name: {"shots": min(benchmark.shots, 1), "limit": 1 if name == "mmlu" else 4}
                       for name, benchmark in LEADERBOARD.items()},
         },
-        "runtime": {"device": "cpu", "kv_cache_gb": 1},
+        "runtime": {"device": "cpu", "kv_cache_gb": 1, "engines": 2},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(preset | changes))
     return path

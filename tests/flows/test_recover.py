@@ -122,14 +122,6 @@ def test_run_page_has_names_links_progress_and_tables(first: dict[str, Any]) -> 
     assert all(any(stage["uri"] in str(data) for data in linked) for stage in first["stages"])
 
 
-def test_deleted_artifact_runs_exactly_its_stage_again(first: dict[str, Any], preset: str) -> None:
-    store = ArtifactStore.from_environment()
-    uri = next(stage["uri"] for stage in first["stages"] if stage["name"] == "finetune sft")
-    store.fs.rm(uri, recursive=True)
-    plan = run_cli(preset, "--plan").stdout
-    assert [line.split()[1:3] for line in plan.splitlines() if line.startswith("miss")] == [["finetune", "sft"]]
-
-
 def test_sigterm_ends_the_run_and_its_children_and_the_next_run_completes(first: dict[str, Any], preset: str) -> None:
     """What is finished stays finished, what was running leaves neither a process nor half an artifact."""
     changed = ("--set", "evaluate.max_length=768")
@@ -169,6 +161,14 @@ def test_plan_names_the_changed_field(first: dict[str, Any], preset: str) -> Non
     line = next(line for line in plan.splitlines() if line.split()[1] == "distil")
     assert line.startswith("miss")
     assert "recipe.temperature: 0.7 -> 0.1" in line
+
+
+def test_deleted_artifact_runs_exactly_its_stage_again(first: dict[str, Any], preset: str) -> None:
+    store = ArtifactStore.from_environment()
+    uri = next(stage["uri"] for stage in first["stages"] if stage["name"] == "finetune sft")
+    store.fs.rm(uri, recursive=True)
+    plan = run_cli(preset, "--plan").stdout
+    assert [line.split()[1:3] for line in plan.splitlines() if line.startswith("miss")] == [["finetune", "sft"]]
 
 
 @pytest.mark.parametrize(
