@@ -61,7 +61,17 @@ def environment(*, prefect: bool) -> Iterator[None]:
             from prefect.context import refresh_global_settings_context  # not on the path of a plan
 
             refresh_global_settings_context()
+            stack.callback(_send_what_is_queued)
         yield
+
+
+def _send_what_is_queued() -> None:
+    """Log lines and events must reach the server before it stops, or the interpreter's exit waits for it in vain."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=10)
+    EventsWorker.drain_all(timeout=10)
 
 
 @contextmanager

@@ -40,6 +40,7 @@ def first(preset: str) -> dict[str, Any]:
 
 def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Error logging to API" not in done.stdout + done.stderr, "the server stopped before it had every log line"
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("report: ")
     folder = Path(last.removeprefix("report: "))
