@@ -228,27 +228,20 @@ def test_a_report_lies_beside_the_artifacts(store: ArtifactStore, tmp_path: Path
 
 def test_many_publishers_at_once_agree_on_one(store: ArtifactStore, tmp_path: Path) -> None:
     """Every one brings other bytes, as two GPUs may; the files that stand must be those of the manifest that stands."""
-    start = threading.Barrier(WRITERS)
-
-    def publish(number: int) -> Manifest:
-        folder = produced(tmp_path / f"out-{number}", {"rows.jsonl": f"written by {number}\n".encode()})
-        own = ArtifactStore(store.root, tmp_path / f"mirror-{number}")
-        start.wait()
-        return own.publish(stage(), folder, {"writer": number}, 0)
-
-    with ThreadPoolExecutor(WRITERS) as pool:
-        manifests = list(pool.map(publish, range(WRITERS)))
-    winner = store.find(stage())
-    assert winner is not None
-    assert [manifest.facts for manifest in manifests] == [winner.facts] * WRITERS
+    winner = publish_at_once(store, tmp_path, lambda number: {"rows.jsonl": f"written by {number}\n".encode()})
     assert contents(store.fetch(winner)) == {"rows.jsonl": f"written by {winner.facts['writer']}\n".encode()}
 
 
 def test_many_publishers_of_equal_files_leave_one_whole_artifact(store: ArtifactStore, tmp_path: Path) -> None:
+    assert contents(store.fetch(publish_at_once(store, tmp_path, lambda number: FILES))) == FILES
+
+
+def publish_at_once(store: ArtifactStore, tmp_path: Path, files: Callable[[int], dict[str, bytes]]) -> Manifest:
+    """WRITERS publishers of one key, each with a mirror of its own; returns the manifest on which all must agree."""
     start = threading.Barrier(WRITERS)
 
     def publish(number: int) -> Manifest:
-        folder = produced(tmp_path / f"out-{number}")
+        folder = produced(tmp_path / f"out-{number}", files(number))
         own = ArtifactStore(store.root, tmp_path / f"mirror-{number}")
         start.wait()
         return own.publish(stage(), folder, {"writer": number}, 0)
@@ -258,7 +251,7 @@ def test_many_publishers_of_equal_files_leave_one_whole_artifact(store: Artifact
     winner = store.find(stage())
     assert winner is not None
     assert [manifest.facts for manifest in manifests] == [winner.facts] * WRITERS
-    assert contents(store.fetch(winner)) == FILES
+    return winner
 
 
 def test_a_second_publisher_waits_for_the_first_and_takes_its_artifact(
