@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from tasks.domain.errors import ConfigError
-from tasks.domain.recipe import Preset
+from tasks.domain.leaderboard import BENCHMARKS
+from tasks.domain.recipe import Calibration, HeldOut, Preset
 from tasks.domain.stage import Stage
-from tasks.store.sources import benchmark_identity, model_identity, table_identity
+from tasks.store.sources import benchmark_identity, model_identity, table_identity, wheel_identity
 
 ARMS = {"sft": "reference", "sdd": "answer"}  # arm -> field of a row that it is trained on
 ROLES = ("unpruned", "pruned", *ARMS)
@@ -30,6 +31,7 @@ class Plan:
     adapters: dict[str, Stage]
     merged: dict[str, Stage]
     scores: dict[str, dict[str, Stage]]
+    drifts: dict[str, Stage]  # empty where the preset names no held-out text
 
     def stages(self) -> Iterator[tuple[str, Stage]]:
         """Every stage with a name for people, in the order of the pipeline."""
@@ -46,6 +48,8 @@ class Plan:
         for role in ROLES:
             for task, stage in self.scores[role].items():
                 yield f"evaluate {role} {task}", stage
+        for role, stage in self.drifts.items():
+            yield f"drift {role}", stage
 
 
 def build_plan(preset: Preset) -> Plan:
@@ -55,17 +59,24 @@ def build_plan(preset: Preset) -> Plan:
     transformers = library_versions("transformers")
 
     model = Stage("model", 1, {**model_identity(preset.model), **transformers}, slug=slug)
-    rows = Stage("rows", 1, _rows_recipe(preset), slug="-".join(dict.fromkeys(s.name for s in preset.dataset.sources)))
-    distances = Stage(
-        "score", 1,
-        {**preset.score.model_dump(mode="json", exclude={"calibration"}), **transformers,
-         "calibration": {
-             **table_identity(preset.score.calibration),
-             **preset.score.calibration.model_dump(mode="json", include={"fields", "samples", "length", "seed"}),
-         }},
-        {"model": model}, slug,
+    benchmarks = None
+    if preset.evaluate.benchmarks is not None:
+        recipe = wheel_identity(preset.evaluate.benchmarks)
+        benchmarks = Stage("benchmarks", 2, recipe, slug="held-out-shots")
+    items = {"benchmarks": benchmarks} if benchmarks and preset.dataset.overlap_words else {}
+    overlap = _overlap_recipe(preset)
+    rows = Stage(
+        "rows", 2, {**_rows_recipe(preset), "overlap": overlap}, items,
+        "-".join(dict.fromkeys(source.name for source in preset.dataset.sources)),
     )  # fmt: skip
-    pruned = Stage("prune", 1, preset.prune.model_dump(mode="json"), {"model": model, "score": distances}, cut)
+    on_prompts = preset.score.calibration.source == "prompts"
+    distances = Stage(
+        "score", 2,
+        {**preset.score.model_dump(mode="json", exclude={"calibration"}), **transformers,
+         "calibration": _calibration_recipe(preset.score.calibration), "overlap": None if on_prompts else overlap},
+        {"model": model, **({"rows": rows} if on_prompts else items)}, slug,
+    )  # fmt: skip
+    pruned = Stage("prune", 2, preset.prune.model_dump(mode="json"), {"model": model, "score": distances}, cut)
     distilled = Stage(
         "distil", 1,
         {**preset.distil.model_dump(mode="json"), "messages": preset.distil.messages(), **library_versions("vllm")},
@@ -83,10 +94,6 @@ def build_plan(preset: Preset) -> Plan:
         arm: Stage("merge", 1, library_versions("peft"), {"pruned": pruned, "adapter": adapter}, f"{cut}-{arm}")
         for arm, adapter in adapters.items()
     }
-    benchmarks = None
-    if preset.evaluate.benchmarks is not None:
-        recipe = benchmark_identity(preset.evaluate, "all")
-        benchmarks = Stage("benchmarks", 1, recipe, slug="held-out-shots")
     checkpoints = {"unpruned": (slug, model), "pruned": (cut, pruned)} | {
         arm: (f"{cut}-{arm}", stage) for arm, stage in merged.items()
     }
@@ -94,7 +101,7 @@ def build_plan(preset: Preset) -> Plan:
         role: {
             task: Stage(
                 "evaluate",
-                1,
+                2,
                 _task_recipe(preset, task),
                 {"checkpoint": checkpoint},
                 f"{name}-{task.replace('_', '-')}",
@@ -103,7 +110,14 @@ def build_plan(preset: Preset) -> Plan:
         }
         for role, (name, checkpoint) in checkpoints.items()
     }
-    return Plan(model, rows, benchmarks, distances, pruned, distilled, adapters, merged, scores)
+    drifts = {}
+    if held_out := preset.evaluate.held_out:
+        recipe = {**_held_out_recipe(held_out), **transformers}
+        drifts = {
+            role: Stage("drift", 1, recipe, {"model": model, "checkpoint": checkpoint, "rows": rows}, name)
+            for role, (name, checkpoint) in checkpoints.items()
+        }
+    return Plan(model, rows, benchmarks, distances, pruned, distilled, adapters, merged, scores, drifts)
 
 
 def _rows_recipe(preset: Preset) -> dict[str, Any]:
@@ -115,6 +129,24 @@ def _rows_recipe(preset: Preset) -> dict[str, Any]:
     return {"seed": preset.dataset.seed, "sources": sources}
 
 
+def _calibration_recipe(calibration: Calibration) -> dict[str, Any]:
+    chosen = calibration.model_dump(mode="json", include={"fields", "samples", "length", "seed", "source"})
+    return chosen if calibration.source == "prompts" else {**chosen, **table_identity(calibration)}
+
+
+def _overlap_recipe(preset: Preset) -> dict[str, Any] | None:
+    """Always against all benchmarks, so that one more evaluated task changes no row."""
+    if preset.dataset.overlap_words is None:
+        return None
+    items = {task: benchmark_identity(preset.evaluate.wheel_of(task), task) for task in BENCHMARKS}
+    return {"words": preset.dataset.overlap_words, "items": items}
+
+
+def _held_out_recipe(held_out: HeldOut) -> dict[str, Any]:
+    origin = {"path", "file", "hub", "revision"}
+    return {**table_identity(held_out), **held_out.model_dump(mode="json", exclude=origin)}
+
+
 def _task_recipe(preset: Preset, task: str) -> dict[str, Any]:
     settings = preset.evaluate
     recipe = settings.model_dump(mode="json", include={"backend", "dtype", "max_length", "seed"})
@@ -123,7 +155,7 @@ def _task_recipe(preset: Preset, task: str) -> dict[str, Any]:
     engine = "vllm" if settings.backend == "vllm" else "transformers"
     return {
         "task": task, **settings.tasks[task].model_dump(mode="json"), **recipe,
-        "items": benchmark_identity(settings, task), **library_versions("lm-eval", engine),
+        "items": benchmark_identity(settings.wheel_of(task), task), **library_versions("lm-eval", engine),
     }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from tasks.distil import distil
 from tasks.domain.errors import PipelineError
 from tasks.domain.recipe import Preset, load_preset
 from tasks.domain.span import Span
+from tasks.drift import measure_drift
 from tasks.engines.child import children_end_with_the_run
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune, merge
@@ -60,10 +61,11 @@ def run_stages(preset: Preset, plan: Plan) -> tuple[dict[str, Any], dict[str, An
     """The method itself; returns each stage's artifact by its readable name, and the scores by role and task."""
     runtime = preset.runtime
     model = resolve_model.submit(plan.model, preset.model, runtime)
-    rows = load_rows.submit(plan.rows, preset.dataset)
     items = load_benchmarks.submit(plan.benchmarks, preset.evaluate.benchmarks) if plan.benchmarks else None
+    rows = load_rows.submit(plan.rows, preset.dataset, items)
 
-    distances = score_blocks.submit(plan.distances, model, preset.score, runtime)
+    prompts = rows if "rows" in plan.distances.inputs else None
+    distances = score_blocks.submit(plan.distances, model, prompts, items, preset.score, runtime)
     pruned = prune.submit(plan.pruned, model, distances, preset.prune, runtime)
     distilled = distil.submit(plan.distilled, model, rows, preset.distil, runtime)
     checkpoints = {"unpruned": model, "pruned": pruned}
@@ -76,6 +78,13 @@ def run_stages(preset: Preset, plan: Plan) -> tuple[dict[str, Any], dict[str, An
         for role, checkpoint in checkpoints.items()
     }
 
+    drifts = {
+        f"drift {role}": measure_drift.submit(
+            role, stage, model, checkpoints[role], rows, preset.evaluate.held_out, runtime
+        )
+        for role, stage in plan.drifts.items()
+    }
+
     results = {role: future.result() for role, future in scores.items()}
     futures = {
         "model": model,
@@ -86,6 +95,7 @@ def run_stages(preset: Preset, plan: Plan) -> tuple[dict[str, Any], dict[str, An
         "distil": distilled,
     }
     futures |= {f"finetune {arm}": adapters[arm] for arm in ARMS} | {f"merge {arm}": checkpoints[arm] for arm in ARMS}
+    futures |= drifts
     stages = {name: future.result() for name, future in futures.items() if future is not None}
     stages |= {f"evaluate {role} {task}": ref for role, refs in results.items() for task, ref in refs.items()}
     return {name: stages[name] for name, _ in plan.stages()}, results

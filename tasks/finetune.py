@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of the pruned model and the merge of its adapter (paper, section 2.3)."""
+"""Fine-tuning of the pruned model and the merge of its adapter (paper, section 2.3)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from prefect.states import State
 from tasks.domain.recipe import Finetune, Runtime
 from tasks.domain.stage import Stage
 from tasks.engines.child import Progress, run_child
-from tasks.materialise import Ref, folder_of, materialise
+from tasks.materialise import Ref, folder_of, materialise, parts_of
 from tasks.model import checkpoint_facts
 from tasks.policies import STAGE
 
 
 @task(task_run_name="finetune {stage.slug}", **STAGE)
 def finetune(stage: Stage, pruned: Ref, distilled: Ref, settings: Finetune, runtime: Runtime) -> State[Ref]:
-    """Write the adapter and loss.jsonl. facts: rows, trained tokens, steps. The arm is in the stage's recipe."""
+    """Write the adapter and loss.jsonl. facts: rows, trained tokens, steps. The arm is in the stage's recipe.
+
+    An interrupted training goes on from the state that it last committed.
+    """
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
-        request = {
-            "checkpoint": str(folder_of(pruned)), "rows": str(folder_of(distilled) / "rows.jsonl"),
-            "answers": stage.recipe["answers"], **settings.model_dump(),
-        }  # fmt: skip
-        run_child("finetune", request, out, runtime, progress)
+        rates = settings.learning_rate if isinstance(settings.learning_rate, tuple) else (settings.learning_rate,)
+        states = [f"{stage.key}-{rate}.safetensors" for rate in rates]
+        with parts_of("finetune", progress, states, shared=False) as (parts, committing):
+            request = {
+                "checkpoint": str(folder_of(pruned)), "rows": str(folder_of(distilled) / "rows.jsonl"),
+                "answers": stage.recipe["answers"], "parts": str(parts), "name": stage.key, **settings.model_dump(),
+            }  # fmt: skip
+            run_child("finetune", request, out, runtime, committing)
         return dict(json.loads((out / "tokens.json").read_text()))
 
     return materialise(stage, produce, engine=True)

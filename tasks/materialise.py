@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,6 +19,7 @@ from tasks.domain.stage import KEY_LENGTH, Stage
 from tasks.engines.child import Progress
 from tasks.policies import engine_slot
 from tasks.store.artifacts import ArtifactStore, Manifest
+from tasks.store.parts import Parts
 
 Ref = dict[str, Any]  # stage, key, uri, cache ("hit" | "miss"), seconds, facts
 Produce = Callable[[Path, Progress], dict[str, Any]]  # fills the folder, returns the facts
@@ -47,6 +48,27 @@ def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
         shutil.rmtree(folder, ignore_errors=True)
     link(stage, store.uri(stage))
     return Completed(message=f"published {store.uri(stage)}", data=ref_of(store, manifest, "miss"))
+
+
+@contextmanager
+def parts_of(stage: str, progress: Progress, names: Sequence[str], *, shared: bool) -> Iterator[tuple[Path, Progress]]:
+    """A folder with those of the named pieces that earlier runs finished, and a progress that commits new ones.
+
+    shared: the pieces serve other stages too and are kept; else they go once the block has ended well.
+    """
+    parts = Parts(ArtifactStore.from_environment(), stage, names)
+    parts.fetch()
+
+    def committing(done: float, text: str) -> None:
+        progress(done, text)
+        parts.commit()
+
+    try:
+        yield parts.folder, committing
+    finally:
+        parts.commit()
+    if not shared:
+        parts.remove()
 
 
 def folder_of(ref: Ref) -> Path:

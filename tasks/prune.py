@@ -27,12 +27,22 @@ def prune(stage: Stage, model: Ref, distances: Ref, settings: Prune, runtime: Ru
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
         original, scores = folder_of(model), folder_of(distances)
         config = json.loads((original / "config.json").read_text())
-        span = choose_span(scores, settings.blocks, layers_of(config))
+        spans = ranked_spans(scores, settings.blocks, layers_of(config))[: settings.candidates]
+        if len(spans) > 1:
+            request = {
+                "checkpoint": str(original), "tokens": str(scores / "tokens.jsonl"), "dtype": "float32",
+                "starts": [span.start for span in spans], "count": settings.blocks,
+            }  # fmt: skip
+            run_child("candidates", request, out, runtime, progress)
+            found = json.loads((out / "candidates.json").read_text())
+            spans.sort(key=lambda span: next(each["perplexity"] for each in found if each["start"] == span.start))
+        span = spans[0]
         facts = cut(original, out, span)
-        measured = json.loads((scores / "distances.json").read_text())
+        measured, ranked = (json.loads((scores / name).read_text()) for name in ("distances.json", "ranking.json"))
         facts["span"] = {
             "start": span.start, "count": span.count, "removed": span.removed, "words": str(span),
             "distance": measured["mean"][span.count - 1][span.start], "metric": measured["metric"],
+            "first_share": ranked["first_share"][span.count - 1][span.start],
         }  # fmt: skip
         (out / "span.json").write_text(json.dumps(facts["span"], indent=1))
         _write_card(original, out, span, facts)
@@ -46,11 +56,11 @@ def prune(stage: Stage, model: Ref, distances: Ref, settings: Prune, runtime: Ru
     return materialise(stage, produce, engine=True)
 
 
-def choose_span(scores: Path, count: int, layers: int) -> Span:
-    """The first of the ranking for this count; raises ConfigError when so many blocks cannot go."""
+def ranked_spans(scores: Path, count: int, layers: int) -> list[Span]:
+    """All spans of so many blocks, least important first; raises ConfigError when so many blocks cannot go."""
     Span(0, count, layers)
     starts = json.loads((scores / "ranking.json").read_text())["starts_by_count"]
-    return Span(starts[count - 1][0], count, layers)
+    return [Span(start, count, layers) for start in starts[count - 1]]
 
 
 def cut(original: Path, out: Path, span: Span) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,15 @@ import yaml
 from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from tasks.algorithms.recovery import Scores, average, difference, recovered_percent
-from tasks.domain.leaderboard import LEADERBOARD
+from tasks.algorithms.recovery import (
+    Scores,
+    above_chance,
+    average,
+    chance_corrected_percent,
+    difference,
+    recovered_percent,
+)
+from tasks.domain.leaderboard import BENCHMARKS, LAMBADA, LEADERBOARD
 from tasks.domain.recipe import Preset
 from tasks.evaluate import item_scores
 from tasks.materialise import Ref, folder_of
@@ -35,8 +42,11 @@ def write_report(
     stages: ref of each stage by its readable name, evaluations included. scores: role -> task -> ref.
     """
     items = {
-        role: {name: item_scores(name, folder_of(ref)) for name, ref in refs.items()} for role, refs in scores.items()
+        role: {name: item_scores(name, folder_of(ref)) for name, ref in refs.items() if name in LEADERBOARD}
+        for role, refs in scores.items()
     }
+    chance = {name: float(scores["unpruned"][name]["facts"]["chance"]) for name in items["unpruned"]}
+    known = above_chance(items["unpruned"], chance)
     run_id = str(runtime.flow_run.id)
     report = {
         "schema": 1,
@@ -50,8 +60,15 @@ def write_report(
         },
         "span": stages["prune"]["facts"]["span"],
         "pruned": {k: stages["prune"]["facts"][k] for k in ("layers", "parameters", "flops_saved_percent", "bytes")},
-        "dataset": stages["distil"]["facts"],
-        "models": [_model(role, stages, scores[role], items) for role in scores],
+        "dataset": {**stages["distil"]["facts"], "overlapping": sum(stages["rows"]["facts"]["overlapping"].values())},
+        "chance": {"levels": chance, "left_out": [name for name in chance if name not in known]},
+        "models": [
+            {
+                **_model(role, stages, scores[role], items),
+                **_beyond_the_average(role, stages, scores[role], items, chance, known),
+            }
+            for role in scores
+        ],
         "stages": [
             {"stage": ref["stage"], "name": name, **{k: ref[k] for k in ("key", "uri", "cache", "seconds")}}
             for name, ref in stages.items()
@@ -91,10 +108,26 @@ def _model(
         "scores": {
             name: {field: ref["facts"][field] for field in ("metric", "value", "stderr", "items")}
             for name, ref in refs.items()
+            if name in LEADERBOARD
         },
         "average": average(items[role]),
         "recovered_percent": recovered.value,
         "interval": [recovered.low, recovered.high],
+    }
+
+
+def _beyond_the_average(
+    role: str, stages: Mapping[str, Ref], refs: Mapping[str, Ref], items: Mapping[str, Scores],
+    chance: Mapping[str, float], known: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Measures that a score at chance does not flatter; null where the preset does not take them."""
+    corrected = chance_corrected_percent(items[role], items["unpruned"], chance, known) if known else None
+    drift = stages[f"drift {role}"]["facts"] if f"drift {role}" in stages else {}
+    return {
+        "chance_corrected_percent": corrected and corrected.value,
+        "chance_corrected_interval": corrected and [corrected.low, corrected.high],
+        "lambada": refs[LAMBADA]["facts"]["value"] if LAMBADA in refs else None,
+        **{name: drift.get(name) for name in ("perplexity", "kl_to_unpruned", "own_logprob")},
     }
 
 
@@ -114,10 +147,11 @@ def _details(preset: Preset, stages: Mapping[str, Ref], comparison: dict[str, An
         "comparison": comparison,
         "settings": yaml.safe_dump(preset.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         "shots": {
-            name: {**task.model_dump(), "leaderboard_shots": LEADERBOARD[name].shots}
+            name: {**task.model_dump(), "leaderboard_shots": BENCHMARKS[name].shots}
             for name, task in preset.evaluate.tasks.items()
         },
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {versions}",
+        "warnings": [warning for warning in (stages["score"]["facts"]["warning"],) if warning],
         "links": {arm: str(folder_of(stages[f"merge {arm}"])) for arm in arms},
     }
 
@@ -136,6 +170,10 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def _optional(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
 def _show(report: dict[str, Any], words: str, uri: str) -> None:
     """The same summary on the run's page."""
     table = [
@@ -144,6 +182,10 @@ def _show(report: dict[str, Any], words: str, uri: str) -> None:
             **{name: f"{score['value']:.3f} ± {score['stderr']:.3f}" for name, score in model["scores"].items()},
             "average": f"{model['average']:.4f}",
             "recovered": f"{model['recovered_percent']:.1f} % [{model['interval'][0]:.1f}, {model['interval'][1]:.1f}]",
+            "above chance": _optional(model["chance_corrected_percent"], "{:.1f} %"),
+            "LAMBADA": _optional(model["lambada"], "{:.3f}"),
+            "perplexity": _optional(model["perplexity"], "{:.2f}"),
+            "KL to unpruned": _optional(model["kl_to_unpruned"], "{:.3f}"),
         }
         for model in report["models"]
     ]

@@ -22,7 +22,7 @@ OUTCOMES = {"accepted": "accepted", "kept_original": "kept original", "failed": 
 NONE = "–"
 ABSENT: dict[str, Any] = {
     "note": "", "distances": {}, "losses": {}, "training": {}, "examples": [], "comparison": {}, "settings": "",
-    "shots": {}, "machine": "", "links": {},
+    "shots": {}, "machine": "", "links": {}, "warnings": [],
 }  # fmt: skip
 # Anchors of cividis, which reads alike with and without a colour vision deficiency.
 CIVIDIS = ((0, 34, 78), (53, 69, 108), (102, 105, 112), (148, 142, 119), (200, 184, 102), (254, 232, 56))
@@ -40,7 +40,7 @@ def render(report: dict[str, Any], details: dict[str, Any]) -> str:
         nearest=nearest_spans(distances, span), losses=loss_chart(details["losses"]),
         arms=arm_rows(details["training"], details["losses"]),
         outcomes=outcome_segments(report["dataset"]), reasons=reason_rows(report["dataset"]),
-        outcome_labels=OUTCOMES,
+        outcome_labels=OUTCOMES, beyond=beyond_the_average(report),
     )  # fmt: skip
     return page.encode("utf-8", "replace").decode("utf-8")  # lone surrogates in a model's text can't be written
 
@@ -218,6 +218,37 @@ def model_rows(models: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -
             )
         )  # fmt: skip
     return rows
+
+
+# Measures beside the average
+
+BEYOND = (  # field, heading, unit, digits, field of an interval
+    ("chance_corrected_percent", "Recovered above chance", "% [95 % interval]", 1, "chance_corrected_interval"),
+    ("lambada", "LAMBADA", "accuracy", 3, ""),
+    ("perplexity", "Perplexity", "held-out text", 2, ""),
+    ("kl_to_unpruned", "KL to unpruned", "nats a token", 3, ""),
+    ("own_logprob", "Own log-probability", "nats a token, under the unpruned", 3, ""),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Beyond:
+    columns: list[tuple[str, str]]
+    rows: list[tuple[str, list[tuple[str, str]]]]  # role, (value, interval) of each column
+    left_out: list[str]
+
+
+def beyond_the_average(report: Mapping[str, Any]) -> Beyond:
+    """Those of the further measures that any model has."""
+    models = report["models"]
+    taken = [measure for measure in BEYOND if any(model.get(measure[0]) is not None for model in models)]
+
+    def cells(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return [(fixed(model.get(name), digits), interval(model.get(bounds))) for name, _, _, digits, bounds in taken]
+
+    left_out = [TASKS.get(task, task) for task in report.get("chance", {}).get("left_out", [])]
+    columns = [(heading, unit) for _, heading, unit, _, _ in taken]
+    return Beyond(columns, [(model["role"], cells(model)) for model in models], left_out)
 
 
 # Recovery of each task
@@ -474,12 +505,16 @@ def arm_rows(
 ) -> list[tuple[str, str, str]]:
     """label, SFT's value, SDD's value."""
     fields = {
-        "rows": "Rows", "trained_tokens": "Trained tokens", "tokens": "All tokens", "steps": "Steps",
-        "too_long": "Rows left out, too long",
+        "rows": "Rows", "validation_rows": "Validation rows", "trained_tokens": "Trained tokens (answers)",
+        "tokens": "All tokens", "steps": "Steps", "too_long": "Rows left out, too long",
     }  # fmt: skip
     rows = [
         (label, *(whole(training.get(arm, {}).get(key)) for arm in ("sft", "sdd"))) for key, label in fields.items()
     ]
+    if any("validation_loss" in counts for counts in training.values()):
+        rows.append(
+            ("Validation loss", *(score(training.get(arm, {}).get("validation_loss")) for arm in ("sft", "sdd")))
+        )
     curves = [_points(losses.get(arm) or []) for arm in ("sft", "sdd")]
     ends = [
         (f"Mean loss, {words} tenth", *(score(_tenth_mean(points, words == "last")) for points in curves))

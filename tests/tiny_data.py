@@ -8,7 +8,7 @@ from typing import Any
 import lm_eval
 import yaml
 
-from tasks.domain.leaderboard import LEADERBOARD
+from tasks.domain.leaderboard import BENCHMARKS
 from tests.conftest import pocket_pairs, write_jsonl
 
 WORDS = ["river", "stone", "cloud", "apple", "winter", "garden", "letter", "music", "window", "bridge"]
@@ -16,7 +16,7 @@ WORDS = ["river", "stone", "cloud", "apple", "winter", "garden", "letter", "musi
 
 def write_data_root(root: Path, items: int = 6) -> Path:
     """Every benchmark with `items` items, and sft/ and calibration/ made of the pocket pairs."""
-    for name, benchmark in LEADERBOARD.items():
+    for name, benchmark in BENCHMARKS.items():
         for file in benchmark.files.values():
             for subject in _subjects() if name == "mmlu" else [""]:
                 rows = [_item(name, number) for number in range(items)]
@@ -42,8 +42,9 @@ def write_preset(path: Path, model: Path, **changes: Any) -> Path:
         "finetune": {"rank": 4, "alpha": 8, "batch": 4},
         "evaluate": {
             "dtype": "float32", "max_length": 1024, "max_generated": 8,
+            "held_out": {"file": "calibration/text.jsonl", "windows": 3, "length": 32, "prompts": 3, "generated": 4},
             "tasks": {name: {"shots": min(benchmark.shots, 1), "limit": 1 if name == "mmlu" else 4}
-                      for name, benchmark in LEADERBOARD.items()},
+                      for name, benchmark in BENCHMARKS.items()},
         },
         "runtime": {"device": "cpu", "kv_cache_gb": 1, "engines": 2},
     }  # fmt: skip
@@ -53,7 +54,7 @@ def write_preset(path: Path, model: Path, **changes: Any) -> Path:
 
 def _subjects() -> list[str]:
     folder = Path(str(lm_eval.__file__)).parent / "tasks"
-    pattern = LEADERBOARD["mmlu"].upstream
+    pattern = BENCHMARKS["mmlu"].upstream
     return [path.stem.removeprefix("mmlu_") for path in sorted(folder.glob(pattern))]
 
 
@@ -80,6 +81,8 @@ def _item(name: str, number: int) -> dict[str, Any]:
         case "winogrande":
             return {"sentence": f"The {word} is near the {other} because _ is heavy.", "option1": f"the {word}",
                     "option2": f"the {other}", "answer": str(1 + number % 2)}  # fmt: skip
+        case "lambada_openai":
+            return {"text": f"The traveller crossed the {other} and then, at last, saw the {word}"}
         case _:
             return {"question": f"There are {number} stones and 2 more. How many?",
                     "answer": f"{number} + 2 = {number + 2}\n#### {number + 2}"}  # fmt: skip

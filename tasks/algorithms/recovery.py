@@ -6,7 +6,7 @@ interval comes from a paired bootstrap: items are drawn with replacement within 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ Scores = Mapping[str, NDArray[np.float64]]  # task -> score of each item
 
 REPLICATES = 2000
 CONFIDENCE = 0.95
+NORMAL_QUANTILE = 1.959964  # of CONFIDENCE, two-sided
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,26 @@ def recovered_percent(model: Scores, unpruned: Scores, seed: int = 0) -> Estimat
     return _estimate(100 * (average(model) / average(unpruned)), 100 * (draws["model"] / draws["unpruned"]))
 
 
+def above_chance(unpruned: Scores, chance: Mapping[str, float]) -> list[str]:
+    """The tasks that the unpruned model itself answers better than guessing, at CONFIDENCE."""
+    bounds = {task: np.subtract(*_mean_and_margin(items)) for task, items in unpruned.items()}
+    return [task for task, low in bounds.items() if low > chance[task]]
+
+
+def chance_corrected_percent(
+    model: Scores, unpruned: Scores, chance: Mapping[str, float], tasks: Sequence[str], seed: int = 0
+) -> Estimate:
+    """100 * (average(model) - c) / (average(unpruned) - c) over these tasks, c being the average of their chances.
+
+    Raw averages flatter a damaged model: what it scores by guessing counts as quality kept.
+    """
+    level = float(np.mean([chance[task] for task in tasks]))
+    chosen = {name: {task: scores[task] for task in tasks} for name, scores in (("m", model), ("u", unpruned))}
+    draws = bootstrap_averages(chosen, seed)
+    value = (average(chosen["m"]) - level) / (average(chosen["u"]) - level)
+    return _estimate(100 * value, 100 * (draws["m"] - level) / (draws["u"] - level))
+
+
 def difference(first: Scores, second: Scores, seed: int = 0) -> Estimate:
     """average(first) - average(second) with its paired bootstrap interval."""
     draws = bootstrap_averages({"first": first, "second": second}, seed)
@@ -66,6 +87,11 @@ def bootstrap_averages(models: Mapping[str, Scores], seed: int) -> dict[str, NDA
             for name, value in zip(models, drawn, strict=True):
                 totals[name][replicate] += value / len(tasks)
     return totals
+
+
+def _mean_and_margin(items: NDArray[np.float64]) -> tuple[float, float]:
+    mean, error = mean_and_error(items)
+    return mean, NORMAL_QUANTILE * error
 
 
 def _estimate(value: float, draws: NDArray[np.float64]) -> Estimate:

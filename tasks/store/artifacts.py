@@ -100,7 +100,7 @@ class ArtifactStore:
     def check(self) -> None:
         """Raise ConfigError within seconds when the store cannot be used as configured; make the bucket if need be."""
         try:
-            with self._translated():
+            with self.translated():
                 bucket = self.root.removeprefix("s3://").split("/")[0]
                 if self.root.startswith("s3://") and not self.fs.exists(bucket):
                     self.fs.mkdir(bucket)
@@ -110,7 +110,7 @@ class ArtifactStore:
 
     def find(self, stage: Stage) -> Manifest | None:
         """The manifest of the stage's artifact, or None when there is no such artifact."""
-        with self._translated():
+        with self.translated():
             try:
                 manifest = self._read_manifest(f"{self.uri(stage)}/{MANIFEST}")
             except FileNotFoundError:
@@ -123,7 +123,7 @@ class ArtifactStore:
 
     def manifest_at(self, uri: str) -> Manifest:
         """The manifest of an artifact that is known to exist."""
-        with self._translated():
+        with self.translated():
             try:
                 return self._read_manifest(f"{uri}/{MANIFEST}")
             except FileNotFoundError:
@@ -146,7 +146,7 @@ class ArtifactStore:
             round(seconds, 3), datetime.now(UTC).isoformat(timespec="seconds"), _made_by(),
         )  # fmt: skip
         address = self.uri(stage)
-        with self._translated(), self._lease(f"{address}/{LEASE}"):
+        with self.translated(), self._lease(f"{address}/{LEASE}"):
             if self.fs.exists(f"{address}/{MANIFEST}"):
                 return self._read_manifest(f"{address}/{MANIFEST}")
             self.fs.put([str(folder / name) for name in files], [f"{address}/{name}" for name in files])
@@ -167,7 +167,7 @@ class ArtifactStore:
         self.mirror.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self.mirror))
         try:
-            with self._translated():
+            with self.translated():
                 for name in manifest.files:
                     (staging / name).parent.mkdir(parents=True, exist_ok=True)
                     self._download(f"{self.root}/{manifest.address}/{name}", staging / name)
@@ -192,7 +192,7 @@ class ArtifactStore:
 
     def newest_change(self, stage: Stage) -> list[str] | None:
         """The fields in which `stage` differs from the newest artifact of the same name; None without one."""
-        with self._translated():
+        with self.translated():
             found = self.fs.glob(f"{self.root}/{stage.name}/*/{MANIFEST}", detail=True)
             if not found:
                 return None
@@ -202,7 +202,7 @@ class ArtifactStore:
     def upload_report(self, folder: Path, run_id: str) -> str:
         """Copy a run's report beside the artifacts; return its URI."""
         uri = f"{self.root}/reports/{run_id}"
-        with self._translated():
+        with self.translated():
             for path in folder.iterdir():
                 self.fs.put_file(str(path), f"{uri}/{path.name}")
         return uri
@@ -276,7 +276,7 @@ class ArtifactStore:
                 raise
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def translated(self) -> Iterator[None]:
         """Turn the client's errors into sentences that name the setting."""
         try:
             yield

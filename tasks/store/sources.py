@@ -6,6 +6,7 @@ Each `*_identity` function gives what enters a stage's key: commits and digests,
 from __future__ import annotations
 
 import fnmatch
+import gzip
 import hashlib
 import json
 import os
@@ -14,12 +15,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 from tasks.domain.errors import ConfigError, DataError, ModelUnsupported, PipelineError
-from tasks.domain.leaderboard import LEADERBOARD
-from tasks.domain.recipe import Evaluate, FolderModel, GgufModel, HubModel, ModelSource, Table
+from tasks.domain.leaderboard import BENCHMARKS
+from tasks.domain.recipe import BenchmarkWheel, FolderModel, GgufModel, HubModel, ModelSource, Table
 from tasks.store.artifacts import sha256_of
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -60,7 +62,7 @@ def table_file(table: Table) -> Path | None:
 def table_identity(table: Table) -> dict[str, Any]:
     path = table_file(table)
     if path is not None:
-        return {"sha256": sha256_of(path)}
+        return {"sha256": digest_of(path)}
     assert table.hub is not None
     return {"hub": table.hub, "revision": hub_commit(table.hub.split(":")[0], table.revision, "dataset")}
 
@@ -107,7 +109,7 @@ def model_identity(model: ModelSource) -> dict[str, Any]:
     if isinstance(model, HubModel):
         return {"hub": model.id, "revision": hub_commit(model.id, model.revision, "model")}
     if isinstance(model, FolderModel):
-        return {"id": model.id, "files": {path.name: sha256_of(path) for path in checkpoint_files(Path(model.path))}}
+        return {"id": model.id, "files": {path.name: digest_of(path) for path in checkpoint_files(Path(model.path))}}
     return {"id": model.id, "gguf": model.sha256, "dtype": model.dtype, "licence": model.licence}
 
 
@@ -256,15 +258,47 @@ def _gguf_config(path: Path) -> dict[str, Any]:
 # --- benchmarks -------------------------------------------------------------------------------------------
 
 
-def benchmark_identity(evaluate: Evaluate, task: str) -> dict[str, Any]:
-    """What pins one task's items: the wheel's digest, the digest of the files below SDD_DATA_ROOT, or the hub."""
-    if evaluate.benchmarks is not None:
-        return {"wheel": evaluate.benchmarks.sha256, "truthfulqa": sha256_of(Path(evaluate.benchmarks.truthfulqa))}
+def wheel_identity(source: BenchmarkWheel) -> dict[str, Any]:
+    return {"wheel": source.sha256, "truthfulqa": source.truthfulqa and digest_of(Path(source.truthfulqa))}
+
+
+def benchmark_identity(source: BenchmarkWheel | None, task: str) -> dict[str, Any]:
+    """What pins one task's items: the wheel's digest, the digest of the files below SDD_DATA_ROOT, or a hub commit."""
+    if source is not None:
+        return wheel_identity(source)
     root = data_root()
     if root is None:
-        return {"hub": "as named by the harness"}
+        name = BENCHMARKS[task].hub.split(":")[0]
+        return {"hub": name, "revision": hub_commit(name, "main", "dataset")}
     digest = hashlib.sha256()
-    for pattern in LEADERBOARD[task].files.values():
+    for pattern in BENCHMARKS[task].files.values():
         for path in sorted((root / "openllm").glob(pattern)):
-            digest.update(f"{path.relative_to(root)} {sha256_of(path)}\n".encode())
+            digest.update(f"{path.relative_to(root)} {digest_of(path)}\n".encode())
     return {"sha256": digest.hexdigest()}
+
+
+def benchmark_questions(task: str, root: Path | None, revision: str | None) -> Iterator[str]:
+    """The text of every tested item of a task: below a data root, or from the hub at this commit."""
+    benchmark = BENCHMARKS[task]
+    if root is None:
+        import datasets
+
+        name, config = [*benchmark.hub.split(":"), None][:2]
+        split = [*benchmark.files][-1]
+        yield from datasets.load_dataset(name, config, split=split, revision=revision)[benchmark.question]
+        return
+    for path in sorted((root / "openllm").glob([*benchmark.files.values()][-1])):
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)[benchmark.question]
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file, read once in a process as long as it does not change."""
+    found = path.stat()
+    return _digest(path, found.st_mtime_ns, found.st_size)
+
+
+@cache
+def _digest(path: Path, _changed: int, _size: int) -> str:
+    return sha256_of(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import statistics
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from tasks.algorithms.angular import RunningMoments, by_span, pair_distances, ranking
+from tasks.algorithms.angular import BootstrapRanking, RunningMoments, by_span, pair_distances, ranking
 
 Array = NDArray[np.float64]
 
@@ -23,6 +24,11 @@ STATES = hnp.arrays(
 ).filter(lambda states: bool((np.abs(states).max(axis=1) > 1e-3).all()))
 
 
+def distances_of(states: Array) -> Array:
+    """Of a sample whose only token has these states."""
+    return pair_distances(states[None])
+
+
 def naive_distance(one: list[float], other: list[float]) -> float:
     dot = sum(x * y for x, y in zip(one, other, strict=True))
     cosine = dot / (math.sqrt(sum(x * x for x in one)) * math.sqrt(sum(y * y for y in other)))
@@ -31,7 +37,7 @@ def naive_distance(one: list[float], other: list[float]) -> float:
 
 @given(STATES)
 def test_pair_distances_equal_the_formula(states: Array) -> None:
-    found, rows = pair_distances(states), states.tolist()
+    found, rows = distances_of(states), states.tolist()
     assert found.shape == (len(rows), len(rows)) and found.dtype == np.float64
     for i, one in enumerate(rows):
         for j, other in enumerate(rows):
@@ -40,7 +46,7 @@ def test_pair_distances_equal_the_formula(states: Array) -> None:
 
 @given(STATES)
 def test_distances_are_symmetric_and_in_bounds(states: Array) -> None:
-    found = pair_distances(states)
+    found = distances_of(states)
     assert ((found >= 0) & (found <= 1)).all()
     assert np.allclose(found, found.T, atol=ACCURACY)
     assert np.allclose(np.diag(found), 0, atol=ACCURACY)
@@ -50,7 +56,7 @@ def test_distances_are_symmetric_and_in_bounds(states: Array) -> None:
 def test_the_length_of_a_state_does_not_count(states: Array, factor: float) -> None:
     scaled = states.copy()
     scaled[0] *= factor
-    assert np.allclose(pair_distances(scaled), pair_distances(states), atol=ACCURACY)
+    assert np.allclose(distances_of(scaled), distances_of(states), atol=ACCURACY)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +64,13 @@ def test_the_length_of_a_state_does_not_count(states: Array, factor: float) -> N
     [([2.0, 0.0], 0.0), ([1.0, 1.0], 0.25), ([0.0, 5.0], 0.5), ([-1.0, 1.0], 0.75), ([-3.0, 0.0], 1.0)],
 )
 def test_known_angles(other: list[float], distance: float) -> None:
-    assert pair_distances(np.array([[1.0, 0.0], other]))[0, 1] == pytest.approx(distance, abs=1e-12)
+    assert distances_of(np.array([[1.0, 0.0], other]))[0, 1] == pytest.approx(distance, abs=1e-12)
 
 
 def test_rounding_does_not_leave_the_domain_of_arccos() -> None:
     """A unit vector's product with itself may come out a little above one."""
     states = np.repeat(np.random.default_rng(0).normal(size=(1, 4096)), 3, axis=0) * [[1.0], [7.0], [-3.0]]
-    found = pair_distances(states)
+    found = distances_of(states)
     assert np.isfinite(found).all()
     assert np.allclose(found, [[0, 0, 1], [0, 0, 1], [1, 1, 0]], atol=ACCURACY)
 
@@ -75,7 +81,7 @@ def test_a_state_without_direction_is_refused(bad: float, row: int) -> None:
     states = np.ones((3, 4))
     states[row] = bad
     with pytest.raises(ValueError, match="zero or not finite"):
-        pair_distances(states)
+        distances_of(states)
 
 
 @given(hnp.arrays(np.float64, st.tuples(st.integers(1, 20), st.integers(1, 4)), elements=st.floats(-1e3, 1e3)))
@@ -132,8 +138,8 @@ def test_by_span_covers_every_span_and_no_other(layers: int) -> None:
 
 def test_the_first_and_the_last_block_can_be_the_least_important() -> None:
     axes = np.eye(4)
-    first = by_span(pair_distances(axes[[0, 0, 1, 2]]))
-    last = by_span(pair_distances(axes[[0, 1, 2, 2]]))
+    first = by_span(distances_of(axes[[0, 0, 1, 2]]))
+    last = by_span(distances_of(axes[[0, 1, 2, 2]]))
     assert ranking(first)[0][0] == 0
     assert ranking(last)[0][0] == 2
 
@@ -153,3 +159,49 @@ def test_ranking_is_a_stable_sort(row: list[float | None]) -> None:
     known = [start for start, value in enumerate(row) if value is not None]
     assert sorted(starts) == known
     assert starts == sorted(known, key=lambda start: (row[start], start))
+
+
+@pytest.mark.parametrize("metric", ["angular", "block_influence"])
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_a_sample_of_many_tokens_is_their_mean(metric: str, tokens: int) -> None:
+    """More tokens than are worked on at once, and float32 states, as an engine gives them."""
+    states = np.random.default_rng(tokens).normal(size=(tokens, 5, 8)).astype(np.float32)
+    found = pair_distances(states, metric)
+    for i in range(5):
+        for j in range(5):
+            angles = [naive_distance(token[i].tolist(), token[j].tolist()) for token in states.astype(float)]
+            each = angles if metric == "angular" else [1 - math.cos(math.pi * angle) for angle in angles]
+            assert found[i, j] == pytest.approx(statistics.mean(each), abs=ACCURACY)
+
+
+def test_bootstrap_of_a_clear_order_never_changes_it() -> None:
+    ranking_of = BootstrapRanking(seed=0)
+    for sample in range(20):
+        ranking_of.add(np.array([[0, 1, 5], [1, 0, 2], [5, 2, 0]]) + sample / 1000)
+    assert ranking_of.first_share() == [[1.0, 0.0], [1.0, None]]
+
+
+def test_bootstrap_shares_follow_the_samples() -> None:
+    """Start 0 is first in the mean of a draw exactly when more samples that favour it were drawn than others."""
+    favour = [np.array([[0, a, 1], [a, 0, b], [1, b, 0]]) for a, b in ((1.0, 2.0), (2.0, 1.0))]
+    even, mostly = BootstrapRanking(0, 4000), BootstrapRanking(0, 4000)
+    for number in range(30):
+        even.add(favour[number % 2])
+        mostly.add(favour[number % 3 == 0])
+    by_hand = np.random.default_rng(1).binomial(30, 2 / 3, 40000)  # drawing 30 with replacement from 20 and 10
+    assert even.first_share()[0][0] == pytest.approx(0.5, abs=0.07)
+    assert mostly.first_share()[0][0] == pytest.approx(float((by_hand > 15).mean()), abs=0.04)
+    assert sum(share for share in mostly.first_share()[0] if share) == pytest.approx(1)
+
+
+def test_memory_of_scoring_does_not_grow_with_the_samples() -> None:
+    def held(samples: int) -> int:
+        moments, bootstrap = RunningMoments(), BootstrapRanking(0)
+        for _ in range(samples):
+            matrix = np.ones((7, 7))
+            moments.add(matrix)
+            bootstrap.add(matrix)
+        kept = (moments.mean, moments.squares, bootstrap.totals, bootstrap.weights)
+        return len(pickle.dumps((vars(moments), vars(bootstrap)))) + sum(array.nbytes for array in kept)
+
+    assert held(200) == pytest.approx(held(100), rel=0.01)

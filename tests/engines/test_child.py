@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tasks.domain.errors import DataError, EngineError, GateError, ModelUnsuppor
 from tasks.domain.recipe import Finetune, Runtime
 from tasks.domain.span import Span
 from tasks.engines.child import _environment, run_child
-from tasks.engines.children.finetune import IGNORED, _examples, answer_loss, finetune, packed
+from tasks.engines.children.finetune import IGNORED, answer_loss, answer_tokens_of, finetune, packed, read_examples
 from tasks.engines.children.merge import merge
 from tasks.engines.children.verify import verify
 from tasks.prune import cut
@@ -246,7 +247,7 @@ def score_request(checkpoint: Path, folder: Path, documents: list[str], **fields
     path = folder / "documents.json"
     path.write_text(json.dumps(documents))
     return {"checkpoint": str(checkpoint), "documents": str(path), "samples": len(documents), "length": 48,
-            "metric": "angular", "token": "last", "dtype": "float32", **fields}  # fmt: skip
+            "metric": "angular", "token": "last", "dtype": "float32", "seed": 0, **fields}  # fmt: skip
 
 
 def states_by_hand(model: Any, ids: list[int]) -> list[torch.Tensor]:
@@ -464,7 +465,7 @@ def training_row(number: int, answer: str, reference: str, **fields: Any) -> dic
 def finetune_request(checkpoint: Path, rows: Path, answers: str = "answer", **fields: Any) -> dict[str, Any]:
     recipe = Finetune(rank=4, alpha=8, learning_rate=5e-3, epochs=8, batch=4, max_length=64).model_dump()
     return {"checkpoint": str(checkpoint), "rows": str(rows), "answers": answers, "runtime": RUNTIME.model_dump(),
-            **recipe, **fields}  # fmt: skip
+            "parts": tempfile.mkdtemp(prefix="sdd-parts-"), "name": "state", **recipe, **fields}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -491,11 +492,12 @@ def trained(pico: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("answers", ["answer", "reference"])
 def test_only_the_answer_and_its_end_bear_loss(pico: Path, rows: Path, answers: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pico)
-    examples, counts = _examples(finetune_request(pico, rows, answers), tokenizer)
+    found = read_examples(finetune_request(pico, rows, answers), tokenizer)
+    examples = found.train
     trained_rows = [json.loads(line) for line in rows.read_text().splitlines()][:5]
     assert len(examples) == 5
     total = masked = 0
-    for example, row in zip((examples[i] for i in range(5)), trained_rows, strict=True):
+    for example, row in zip(examples, trained_rows, strict=True):
         by_hand = f"<|start|>user\n{row['prompt'][0]['content']}<|end|>\n<|start|>assistant\n"
         prompt = tokenizer.encode(by_hand, add_special_tokens=False)
         answer = [*tokenizer.encode(row[answers], add_special_tokens=False), tokenizer.eos_token_id]
@@ -503,25 +505,26 @@ def test_only_the_answer_and_its_end_bear_loss(pico: Path, rows: Path, answers: 
         for position, (token, label) in enumerate(zip(example["input_ids"], example["labels"], strict=True)):
             assert label == (token if position >= len(prompt) else IGNORED)
         total, masked = total + len(prompt + answer), masked + len(prompt)
-    assert counts == {"rows": 5, "too_long": 2, "failed": 1, "tokens": total, "trained_tokens": total - masked}
+    assert found.counts == {"rows": 5, "validation_rows": 0, "too_long": 2, "failed": 1}
+    assert answer_tokens_of(examples) == total - masked
 
 
 def test_a_row_of_exactly_the_longest_length_stays(pico: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pico)
     path = write_jsonl(tmp_path / "rows.jsonl", [training_row(1, "an answer", "an answer")])
-    length = len(_examples(finetune_request(pico, path, max_length=500), tokenizer)[0][0]["input_ids"])
-    assert len(_examples(finetune_request(pico, path, max_length=length), tokenizer)[0]) == 1
+    length = len(read_examples(finetune_request(pico, path, max_length=500), tokenizer).train[0]["input_ids"])
+    assert len(read_examples(finetune_request(pico, path, max_length=length), tokenizer).train) == 1
     with pytest.raises(DataError, match=rf"finetune\.max_length={length - 1}: no row is short enough"):
-        _examples(finetune_request(pico, path, max_length=length - 1), tokenizer)
+        read_examples(finetune_request(pico, path, max_length=length - 1), tokenizer)
 
 
 def test_both_arms_train_on_the_same_rows(pico: Path, rows: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pico)
-    arms = [_examples(finetune_request(pico, rows, answers), tokenizer)[0] for answers in ("answer", "reference")]
+    arms = [read_examples(finetune_request(pico, rows, answers), tokenizer) for answers in ("answer", "reference")]
     prompts = [
         [
             [token for token, label in zip(e["input_ids"], e["labels"], strict=True) if label == IGNORED]
-            for e in arm.examples
+            for e in arm.train
         ]
         for arm in arms
     ]
@@ -538,7 +541,7 @@ def test_rows_are_packed_with_positions_of_their_own() -> None:
 def test_the_loss_of_packed_rows_is_that_of_each_row_alone(pico: Path, rows: Path) -> None:
     """Loss and gradient of whole rows through all logits, one row at a time: no row may see another."""
     model = AutoModelForCausalLM.from_pretrained(pico).train()
-    examples = _examples(finetune_request(pico, rows), AutoTokenizer.from_pretrained(pico))[0].examples
+    examples = read_examples(finetune_request(pico, rows), AutoTokenizer.from_pretrained(pico)).train
     weight = model.model.layers[0].self_attn.q_proj.weight
 
     loss = answer_loss(model, packed(examples))

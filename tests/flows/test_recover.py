@@ -17,7 +17,7 @@ from tasks.store.artifacts import ArtifactStore
 from tests.conftest import ROOT
 from tests.tiny_data import write_data_root, write_preset
 
-STAGES = 4 + 1 + 2 * 2 + 4 * 6  # model rows score prune, distil, two arms, four models on six tasks
+STAGES = 4 + 1 + 2 * 2 + 4 * (7 + 1)  # model rows score prune, distil, two arms, four models: seven tasks, drift
 
 
 def run_cli(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +62,8 @@ def test_report_follows_the_contract(first: dict[str, Any]) -> None:
         assert model["scores"]["mmlu"]["items"] == 57
         assert model["average"] == pytest.approx(sum(s["value"] for s in model["scores"].values()) / 6)
         assert model["interval"][0] <= model["recovered_percent"] <= model["interval"][1]
+        assert model["perplexity"] > 1 and model["own_logprob"] < 0 and 0 <= model["lambada"] <= 1
+        assert (model["kl_to_unpruned"] > 0) == (model["role"] != "unpruned")
     assert first["models"][0]["recovered_percent"] == 100
     assert len(first["stages"]) == STAGES
     assert {stage["cache"] for stage in first["stages"]} == {"miss"}
@@ -140,7 +142,7 @@ def test_sigterm_ends_the_run_and_its_children_and_the_next_run_completes(first:
     store = ArtifactStore.from_environment()
     folders = {path.rsplit("/", 1)[0] for path in store.fs.find(f"{store.root}/evaluate")}
     assert all(store.fs.exists(f"{folder}/manifest.json") for folder in folders)
-    assert run_cli(preset, "--plan", *changed).stdout.count("hit ") == STAGES - 24
+    assert run_cli(preset, "--plan", *changed).stdout.count("hit ") == STAGES - 28
 
 
 def own_children(parent: int) -> list[str]:

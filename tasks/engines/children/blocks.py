@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,3 +47,30 @@ def recorded_states(blocks: nn.ModuleList) -> Iterator[list[torch.Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def bypassed(blocks: nn.ModuleList, removed: Iterable[int]) -> Iterator[None]:
+    """While open, these blocks hand the state on as it is."""
+    replaced = {block: blocks[block] for block in removed}
+    for number, block in replaced.items():
+        blocks[number] = _Bypass(block)
+    try:
+        yield
+    finally:
+        for number, block in replaced.items():
+            blocks[number] = block
+
+
+class _Bypass(nn.Module):
+    """Hands the state on; keeps the replaced block's attributes, which some models read."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["replaced"] = block  # no submodule: its weights are out of the model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["replaced"], name)
+
+    def forward(self, hidden_states: Any, *_args: Any, **_kwargs: Any) -> Any:
+        return hidden_states

@@ -5,50 +5,82 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from tasks.algorithms.prompts import Message, prompt_ids
 from tasks.algorithms.rewrites import FINAL_ANSWER, Rule, rejection
-from tasks.domain.errors import GateError
-from tasks.engines.children.border import Meter, Report, serve, vllm_options
+from tasks.engines.children.border import Report, serve, vllm_options
 
-WORST_SHOWN = 10
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 Row = dict[str, Any]
 
 
-def distil(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, rows (file), messages of the template, and the recipe's fields.
+def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
+    """request: checkpoint, rows (file), shards ([name, first row, row behind the last]), parts (folder), messages of
+    the template, and the recipe's fields.
 
-    Writes rows.jsonl, one object a row, in input order.
+    Writes <parts>/<name>.jsonl for every shard, whole or not at all, as soon as its last row is decided.
     """
-    rows: list[Row] = [json.loads(line) for line in Path(request["rows"]).read_text().splitlines()]
+    lines = Path(request["rows"]).read_text().splitlines()
+    shards = [_Shard(name, [json.loads(line) for line in lines[first:end]]) for name, first, end in request["shards"]]
     llm = LLM(model=request["checkpoint"], **vllm_options(request))
-    tokenizer = llm.get_tokenizer()
-    prompts = {row["id"]: prompt_ids(tokenizer, _rewrite_request(row, request["messages"])) for row in rows}
-    for row in rows:
-        row |= {"rewrite": None, "outcome": "failed", "reason": "prompt too long", "answer": None}
-    pending = [row for row in rows if len(prompts[row["id"]]) + request["max_tokens"] <= request["max_length"]]
-    for attempt in range(request["attempts"]):
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompts[row["id"]]} for row in pending],
-            [_sampling(request, row["id"], attempt) for row in pending],
-            use_tqdm=partial(Meter, report=report, text=f"attempt {attempt + 1} of {request['attempts']}"),
-        )
-        for row, output in zip(pending, outputs, strict=True):
-            _judge(row, output.outputs[0].text.strip(), output.outputs[0].finish_reason == "stop", request)
-        pending = [row for row in pending if row["outcome"] != "accepted"]
-        if not pending:
-            break
+    engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
+    # Rows enter as others leave: a shard's second attempts do not queue behind the first attempts of all rows.
+    window = 2 * engine.vllm_config.scheduler_config.max_num_seqs
+    waiting = iter([(shard, row) for shard in shards for row in shard.rows])
+    running: dict[str, tuple[_Shard, Row, list[int], int]] = {}
+    total = sum(shard.undecided for shard in shards)
+    decided = accepted = 0
 
-    with (out / "rows.jsonl").open("w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    _check_rate(rows, request["min_accept_rate"])
+    def submit(shard: _Shard, row: Row, prompt: list[int], attempt: int) -> None:
+        name = f"{row['id']}/{attempt}"
+        running[name] = shard, row, prompt, attempt
+        engine.add_request(name, {"prompt_token_ids": prompt}, _sampling(request, row["id"], attempt))
+
+    def decide(shard: _Shard, row: Row) -> None:
+        nonlocal decided, accepted
+        decided += 1
+        accepted += row["outcome"] == "accepted"
+        shard.undecided -= 1
+        if not shard.undecided:
+            shard.write(Path(request["parts"]))
+        report(decided / total, f"{decided} of {total} rows, {accepted} rewrites accepted")
+
+    while True:
+        while len(running) < window and (following := next(waiting, None)):
+            shard, row = following
+            prompt = prompt_ids(tokenizer, _rewrite_request(row, request["messages"]))
+            if len(prompt) + request["max_tokens"] > request["max_length"]:
+                row |= {"rewrite": None, "outcome": "failed", "reason": "prompt too long", "answer": None}
+                decide(shard, row)
+            else:
+                submit(shard, row, prompt, 0)
+        if not running:
+            break
+        for output in engine.step():
+            shard, row, prompt, attempt = running.pop(output.request_id)
+            _judge(row, output.outputs[0], request)
+            if row["outcome"] == "accepted" or attempt + 1 == request["attempts"]:
+                decide(shard, row)
+            else:
+                submit(shard, row, prompt, attempt + 1)
+
+
+class _Shard:
+    """Rows that are committed together."""
+
+    def __init__(self, name: str, rows: list[Row]) -> None:
+        self.name, self.rows, self.undecided = name, rows, len(rows)
+
+    def write(self, parts: Path) -> None:
+        unfinished = parts / f".{self.name}"
+        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        unfinished.rename(parts / f"{self.name}.jsonl")
 
 
 def _rewrite_request(row: Row, template: list[Message]) -> list[Message]:
@@ -65,29 +97,28 @@ def _sampling(request: dict[str, Any], row_id: str, attempt: int) -> SamplingPar
     digest = hashlib.sha256(f"{request['seed']}/{row_id}/{attempt}".encode()).digest()
     return SamplingParams(
         temperature=request["temperature"], top_p=request["top_p"], max_tokens=request["max_tokens"],
-        seed=int.from_bytes(digest[:4]), detokenize=True,
+        seed=int.from_bytes(digest[:4]), logprobs=request["top_logprobs"] or None,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip
 
 
-def _judge(row: Row, rewrite: str, finished: bool, request: dict[str, Any]) -> None:
+def _judge(row: Row, output: Any, request: dict[str, Any]) -> None:
+    rewrite, finished = output.text.strip(), output.finish_reason == "stop"
     rule = Rule(request["min_length_ratio"], request["max_length_ratio"])
     reason = rejection(rewrite, row["reference"], row["prompt"][-1]["content"], row["kind"], finished, rule)
     row["rewrite"] = rewrite
     if reason is None:
         row |= {"outcome": "accepted", "reason": "", "answer": rewrite}
+        if request["top_logprobs"]:
+            row["logprobs"] = _logprobs(output)
     else:
         row |= {"outcome": "kept_original", "reason": reason, "answer": row["reference"]}
 
 
-def _check_rate(rows: list[Row], minimum: float) -> None:
-    accepted = sum(row["outcome"] == "accepted" for row in rows)
-    if accepted < minimum * len(rows):
-        worst = [row for row in rows if row["outcome"] != "accepted"][:WORST_SHOWN]
-        shown = "\n".join(f"- {row['id']} ({row['reason']}): {row['rewrite']!r:.120}" for row in worst)
-        raise GateError(
-            f"only {accepted} of {len(rows)} rewrites were accepted, fewer than distil.min_accept_rate={minimum}; "
-            f"the model cannot rewrite this dataset with this template:\n{shown}"
-        )
+def _logprobs(output: Any) -> dict[str, Any]:
+    """tokens: the generated ids. top: for each of them the most likely ids and their log-probabilities."""
+    top = [[[token, round(entry.logprob, 4)] for token, entry in place.items()] for place in output.logprobs]
+    return {"tokens": list(output.token_ids), "top": top}
 
 
 if __name__ == "__main__":

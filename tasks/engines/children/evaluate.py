@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tasks.domain.errors import DataError
-from tasks.domain.leaderboard import LEADERBOARD, Benchmark
+from tasks.domain.leaderboard import BENCHMARKS, Benchmark
 from tasks.engines.children.border import Report, device_of, serve, vllm_options
 
 PREFIX = "sdd_"
@@ -19,13 +19,16 @@ KEPT_RESULTS = ("results", "configs", "versions", "n-shot", "n-samples", "higher
 
 
 def evaluate(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, tasks ({name: {shots, limit}}), data_root (or null for the hub), backend, and the recipe."""
+    """request: checkpoint, backend, the recipe, and tasks: {name: {shots, limit, data_root, revision}}.
+
+    data_root: where the task's items lie; null for the hub, at that revision.
+    """
     _name_cpu_build()
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory() as folder:
-        names = {task: _write_yamls(task, request["data_root"], Path(folder)) for task in request["tasks"]}
+        names = {task: _write_yamls(task, own, Path(folder)) for task, own in request["tasks"].items()}
         manager = TaskManager(include_path=folder)
         missing = [name for group in names.values() for name in group if name not in manager.all_tasks]
         if missing:
@@ -38,7 +41,7 @@ def evaluate(request: dict[str, Any], out: Path, report: Report) -> None:
                 model=model, tasks=names[task], task_manager=manager, num_fewshot=settings["shots"],
                 limit=settings["limit"], log_samples=True, bootstrap_iters=0, random_seed=request["seed"],
                 numpy_random_seed=request["seed"], torch_random_seed=request["seed"], fewshot_random_seed=1234,
-                gen_kwargs={"max_gen_toks": request["max_generated"]} if LEADERBOARD[task].generative else None,
+                gen_kwargs={"max_gen_toks": request["max_generated"]} if BENCHMARKS[task].generative else None,
             )  # fmt: skip
             _write(task, scored, out / task)
             report((number + 1) / len(names), f"{task} finished")
@@ -72,23 +75,22 @@ def _name_cpu_build() -> None:
     importlib.metadata.version = version
 
 
-def _write_yamls(task: str, data_root: str | None, folder: Path) -> list[str]:
+def _write_yamls(task: str, settings: dict[str, Any], folder: Path) -> list[str]:
     """Task files that include the harness's own, so that prompts and metrics are upstream's; only the data differs.
 
     Returns the names to run: one, or MMLU's 57 subjects.
     """
-    benchmark, upstream = LEADERBOARD[task], _upstream()
-    if data_root is None:
-        return [path.stem for path in sorted(upstream.glob(benchmark.upstream))] if task == "mmlu" else [task]
+    benchmark, upstream = BENCHMARKS[task], _upstream()
     names = []
     for source in sorted(upstream.glob(benchmark.upstream)):
         subject = yaml.safe_load(source.read_text())["dataset_name"] if task == "mmlu" else None
-        files = _data_files(Path(data_root) / "openllm", benchmark, subject)
         name = PREFIX + (source.stem if subject else task)
-        config = {
-            "include": str(source), "task": name, "tag": None, "dataset_path": "json", "dataset_name": None,
-            "dataset_kwargs": {"data_files": files},
-        }  # fmt: skip
+        config: dict[str, Any] = {"include": str(source), "task": name, "tag": None}
+        if settings["data_root"] is None:
+            config["dataset_kwargs"] = {"revision": settings["revision"]}
+        else:
+            files = _data_files(Path(settings["data_root"]) / "openllm", benchmark, subject)
+            config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         names.append(name)
     return names

@@ -1,147 +1,282 @@
-"""LoRA fine-tuning of the pruned model, loss on the answers alone (paper, section 2.3)."""
+"""Fine-tuning of the pruned model, loss on the answers alone (paper, section 2.3)."""
 
 from __future__ import annotations
 
 import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from tasks.algorithms.prompts import training_ids
-from tasks.domain.errors import DataError
+from tasks.domain.errors import DataError, GateError
 from tasks.engines.children.border import Report, device_of, serve
 
 IGNORED = -100  # label that bears no loss
+MAX_GRADIENT_NORM = 1.0
+SEED_STRIDE = 1_000_003
+COMMIT_SECONDS = 120  # a killed run repeats at most about so much
+
+Example = dict[str, list[int]]
+Batch = dict[str, torch.Tensor]
 
 
 def finetune(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, rows (file), answers ("answer" or "reference"), and the recipe's fields.
+    """request: checkpoint, rows (file), answers ("answer" or "reference"), parts (folder), and the recipe's fields.
 
-    Writes a peft adapter folder, loss.jsonl (step, loss, learning rate) and tokens.json (what was trained on).
+    Writes a peft adapter folder (method "full": a checkpoint), loss.jsonl (step, loss, learning rate; step and
+    validation_loss once an epoch) and tokens.json (what was trained on).
     """
-    set_seed(request["seed"])
-    tokenizer = AutoTokenizer.from_pretrained(request["checkpoint"])
-    examples, counts = _examples(request, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(request["checkpoint"], dtype=getattr(torch, request["dtype"]))
+    examples = read_examples(request, AutoTokenizer.from_pretrained(request["checkpoint"]))
+    rates = request["learning_rate"] if isinstance(request["learning_rate"], list) else [request["learning_rate"]]
+    best: _Training | None = None
+    for rate in rates:
+        training = _Training(request, examples, rate, Path(request["parts"]) / f"{request['name']}-{rate}.safetensors")
+        training.run(report)
+        if best is None or training.best_loss < best.best_loss:
+            best = training
+    assert best is not None
+    if not math.isfinite(best.entries[-1].get("loss", 0.0)):
+        raise GateError(f"the loss is not finite at step {best.step} with finetune.learning_rate={best.rate}; lower it")
+    best.save(out)
+    (out / "tokens.json").write_text(json.dumps(examples.counts | best.counts()))
+
+
+@dataclass
+class Examples:
+    """Rows as token ids and labels, in the order of the dataset."""
+
+    train: list[Example] = field(default_factory=list)
+    validation: list[Example] = field(default_factory=list)
+    epochs: float = 1.0
+    counts: dict[str, int] = field(
+        default_factory=lambda: {"rows": 0, "validation_rows": 0, "too_long": 0, "failed": 0}
+    )
+
+
+def read_examples(request: dict[str, Any], tokenizer: Any) -> Examples:
+    """Rows longer than max_length are left out whole, in both arms or in none; nothing is cut off.
+
+    With budget "answer_tokens" an arm's epochs are scaled so that it trains on as many as the SFT arm does.
+    """
+    found = Examples(epochs=request["epochs"])
+    fields = ("answer", "reference")
+    rows: list[tuple[str, dict[str, tuple[list[int], int]]]] = []
+    for line in Path(request["rows"]).read_text().splitlines():
+        row = json.loads(line)
+        if row["outcome"] == "failed":
+            found.counts["failed"] += 1
+            continue
+        arms = {name: training_ids(tokenizer, row["prompt"], row[name]) for name in fields}
+        if max(len(ids) for ids, _ in arms.values()) > request["max_length"]:
+            found.counts["too_long"] += 1
+            continue
+        rows.append((row["id"], arms))
+    judging = _validation_ids([name for name, _ in rows], request["validation"], request["seed"])
+    answer_tokens = dict.fromkeys(fields, 0)
+    for name, arms in rows:
+        ids, prompt_length = arms[request["answers"]]
+        example = {"input_ids": ids, "labels": [IGNORED] * prompt_length + ids[prompt_length:]}
+        (found.validation if name in judging else found.train).append(example)
+        if name not in judging:
+            for arm, (own, start) in arms.items():
+                answer_tokens[arm] += len(own) - start
+    found.counts["rows"], found.counts["validation_rows"] = len(found.train), len(found.validation)
+    if not found.train:
+        raise DataError(f"finetune.max_length={request['max_length']}: no row is short enough; raise it")
+    if request["budget"] == "answer_tokens":
+        found.epochs *= answer_tokens["reference"] / answer_tokens[request["answers"]]
+    return found
+
+
+def _validation_ids(ids: list[str], share: float, seed: int) -> set[str]:
+    """A draw of ids that other rows hardly change: each has a place of its own in the order of the draw."""
+    drawn = sorted(ids, key=lambda name: random.Random(f"{seed}/{name}").random())
+    return set(drawn[: math.ceil(share * len(ids))])
+
+
+def packed(batch: list[Example], device: str = "cpu") -> Batch:
+    """One sequence of all rows without padding, (1, tokens) each; positions start again with every row.
+
+    Attention stays within a row: without a mask, the model derives the borders from the positions.
+    """
+    columns = {
+        "input_ids": [token for row in batch for token in row["input_ids"]],
+        "position_ids": [place for row in batch for place in range(len(row["input_ids"]))],
+        "labels": [label for row in batch for label in row["labels"]],
+    }
+    return {name: torch.tensor([values], device=device) for name, values in columns.items()}
+
+
+def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Summed cross-entropy of the answer tokens of a packed batch.
+
+    Logits are computed only where a label is: on a small model the vocabulary is most of the work.
+    """
+    labels = batch["labels"][0]
+    answers = torch.nonzero(labels != IGNORED).squeeze(1)
+    logits = model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=answers - 1
+    ).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), labels[answers], reduction="sum")
+
+
+def answer_tokens_of(batch: list[Example]) -> int:
+    return sum(label != IGNORED for row in batch for label in row["labels"])
+
+
+class _Training:
+    """One run with one learning rate. It can be ended at any step and go on from its file to the same result."""
+
+    def __init__(self, request: dict[str, Any], examples: Examples, rate: float, part: Path) -> None:
+        self.request, self.examples, self.rate, self.part = request, examples, rate, part
+        self.device = device_of(request["runtime"])
+        torch.manual_seed(request["seed"])
+        self.model = _model(request).to(self.device)
+        self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=rate, weight_decay=request["weight_decay"], fused=self.device == "cuda"
+        )
+        self.per_epoch = math.ceil(len(examples.train) / request["batch"])
+        self.steps = math.ceil(examples.epochs * self.per_epoch)
+        self.scheduler = get_scheduler(
+            request["schedule"], self.optimizer, math.ceil(request["warmup_ratio"] * self.steps), self.steps
+        )
+        self.step = 0
+        self.entries: list[dict[str, float]] = []
+        self.best_loss = math.inf
+        self.best: dict[str, torch.Tensor] = {}
+        if part.exists():
+            self._load()
+
+    def run(self, report: Report) -> None:
+        committed = time.monotonic()
+        while self.step < self.steps:
+            loss = self._optimize(self._batch(self.step))
+            self.step += 1
+            self.entries.append({"step": self.step, "loss": loss, "learning_rate": self.scheduler.get_last_lr()[0]})
+            if not math.isfinite(loss):
+                self.best_loss = math.inf
+                return
+            self.scheduler.step()
+            if self.examples.validation and (self.step % self.per_epoch == 0 or self.step == self.steps):
+                self._validate()
+            if time.monotonic() - committed > COMMIT_SECONDS or self.step == self.steps:
+                self._commit()
+                committed = time.monotonic()
+            report(self.step / self.steps, f"step {self.step} of {self.steps}, loss {loss:.3f}")
+
+    def save(self, out: Path) -> None:
+        with torch.no_grad():
+            for name, weight in self.best.items():
+                self.trained[name].copy_(weight)
+        self.model.save_pretrained(out)
+        (out / "loss.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def counts(self) -> dict[str, Any]:
+        """Steps, and the tokens that went through the model in them; those of the answers bore the loss."""
+        seen = [row for step in range(self.steps) for row in self._batch(step)]
+        chosen = {"learning_rate": self.rate, "steps": self.steps}
+        if self.best:
+            chosen["validation_loss"] = self.best_loss
+        return chosen | {
+            "tokens": sum(len(row["input_ids"]) for row in seen), "trained_tokens": answer_tokens_of(seen),
+        }  # fmt: skip
+
+    def _batch(self, step: int) -> list[Example]:
+        """The rows of a step: every epoch is a shuffle of its own, the same for both arms."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = list(range(len(self.examples.train)))
+        random.Random(f"{self.request['seed']}/{epoch}").shuffle(order)
+        size = self.request["batch"]
+        return [self.examples.train[index] for index in order[place * size : (place + 1) * size]]
+
+    def _optimize(self, rows: list[Example]) -> float:
+        """One optimizer step; returns the mean cross-entropy over its answer tokens."""
+        self.model.train()
+        torch.manual_seed(self.request["seed"] * SEED_STRIDE + self.step)  # dropout, wherever the run began
+        count, total = answer_tokens_of(rows), torch.zeros((), device=self.device)
+        for batch in self._micro_batches(rows):
+            with self._autocast():
+                loss = answer_loss(self.model, batch) / count
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(total)
+
+    def _validate(self) -> None:
+        self.model.eval()
+        rows = self.examples.validation
+        with torch.inference_mode(), self._autocast():
+            total = sum(answer_loss(self.model, batch).item() for batch in self._micro_batches(rows))
+        loss = total / answer_tokens_of(rows)
+        self.entries.append({"step": self.step, "validation_loss": loss})
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.best = {name: weight.detach().cpu().clone() for name, weight in self.trained.items()}
+
+    def _micro_batches(self, rows: list[Example]) -> Iterator[Batch]:
+        size = self.request["runtime"]["micro_batch"]
+        for first in range(0, len(rows), size):
+            yield packed(rows[first : first + size], self.device)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.request["dtype"] == "bfloat16")
+
+    def _commit(self) -> None:
+        """All that the next step depends on, in one safetensors file that appears whole."""
+        tensors = {f"weight {name}": weight for name, weight in self.trained.items()}
+        tensors |= {f"best {name}": weight for name, weight in self.best.items()}
+        for name, weight in self.trained.items():
+            tensors |= {f"{key} {name}": value for key, value in self.optimizer.state[weight].items()}
+        state = {"step": self.step, "entries": self.entries, "best_loss": self.best_loss}
+        unfinished = self.part.with_name(f".{self.part.name}")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            unfinished, {"state": json.dumps(state)},
+        )  # fmt: skip
+        unfinished.rename(self.part)
+
+    def _load(self) -> None:
+        with safe_open(self.part, "pt", self.device) as file:
+            state = json.loads(file.metadata()["state"])
+            names = set(file.keys())
+            for name, weight in self.trained.items():
+                weight.data.copy_(file.get_tensor(f"weight {name}"))
+                self.optimizer.state[weight] = {
+                    key: file.get_tensor(f"{key} {name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+                if f"best {name}" in names:
+                    self.best[name] = file.get_tensor(f"best {name}").cpu()
+        self.step, self.entries, self.best_loss = state["step"], state["entries"], state["best_loss"]
+        self.scheduler.last_epoch = self.step - 1
+        self.scheduler.step()
+
+
+def _model(request: dict[str, Any]) -> Any:
+    """The pruned model, with an adapter on its frozen weights, or with every weight trained in float32."""
+    full = request["method"] == "full"
+    dtype = torch.float32 if full else getattr(torch, request["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(request["checkpoint"], dtype=dtype)
+    if full:
+        return model
     targets = request["targets"]
     lora = LoraConfig(
         r=request["rank"], lora_alpha=request["alpha"], lora_dropout=request["dropout"], task_type="CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else list(targets),
     )  # fmt: skip
-    model = get_peft_model(model, lora)
-    losses = _Losses(report)
-    trainer = AnswerTrainer(
-        model=model, args=_arguments(request, out), train_dataset=examples, data_collator=packed, callbacks=[losses]
-    )
-    trainer.train()
-    model.save_pretrained(out)
-    with (out / "loss.jsonl").open("w") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in losses.entries)
-    (out / "tokens.json").write_text(json.dumps(counts | {"steps": trainer.state.global_step}))
-
-
-class _Examples(Dataset[dict[str, list[int]]]):
-    def __init__(self, examples: list[dict[str, list[int]]]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.examples[index]
-
-
-def _examples(request: dict[str, Any], tokenizer: Any) -> tuple[_Examples, dict[str, int]]:
-    """Rows as token ids and labels. Rows longer than max_length are left out whole, in both arms or in none."""
-    examples: list[dict[str, list[int]]] = []
-    counts = {"rows": 0, "too_long": 0, "failed": 0, "tokens": 0, "trained_tokens": 0}
-    for line in Path(request["rows"]).read_text().splitlines():
-        row = json.loads(line)
-        if row["outcome"] == "failed":
-            counts["failed"] += 1
-            continue
-        arms = {field: training_ids(tokenizer, row["prompt"], row[field]) for field in ("answer", "reference")}
-        if max(len(ids) for ids, _ in arms.values()) > request["max_length"]:
-            counts["too_long"] += 1
-            continue
-        ids, prompt_length = arms[request["answers"]]
-        examples.append({"input_ids": ids, "labels": [IGNORED] * prompt_length + ids[prompt_length:]})
-        counts["rows"] += 1
-        counts["tokens"] += len(ids)
-        counts["trained_tokens"] += len(ids) - prompt_length
-    if not examples:
-        raise DataError(f"finetune.max_length={request['max_length']}: no row is short enough; raise it")
-    return _Examples(examples), counts
-
-
-def packed(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """One sequence of all rows without padding, (1, tokens) each; positions start again with every row.
-
-    Attention stays within a row: without a mask, the model derives the borders from the positions.
-    """
-    return {
-        "input_ids": torch.tensor([[token for row in batch for token in row["input_ids"]]]),
-        "position_ids": torch.tensor([[place for row in batch for place in range(len(row["input_ids"]))]]),
-        "labels": torch.tensor([[label for row in batch for label in row["labels"]]]),
-    }
-
-
-class AnswerTrainer(Trainer):
-    """Computes logits only where a label is: on a small model the vocabulary is most of the work."""
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean cross-entropy over the answer tokens of the whole optimizer step."""
-        loss = answer_loss(model, inputs) / (num_items_in_batch or (inputs["labels"] != IGNORED).sum())
-        return (loss, None) if return_outputs else loss
-
-
-def answer_loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Summed cross-entropy of the answer tokens of a packed batch."""
-    labels = inputs["labels"][0]
-    answers = torch.nonzero(labels != IGNORED).squeeze(1)
-    logits = model(
-        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False, logits_to_keep=answers - 1
-    ).logits[0]
-    return torch.nn.functional.cross_entropy(logits.float(), labels[answers], reduction="sum")
-
-
-def _arguments(request: dict[str, Any], out: Path) -> TrainingArguments:
-    micro = min(request["runtime"]["micro_batch"], request["batch"])
-    if request["batch"] % micro:
-        micro = next(size for size in range(micro, 0, -1) if request["batch"] % size == 0)
-    return TrainingArguments(
-        output_dir=str(out / ".trainer"), save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1,
-        num_train_epochs=request["epochs"], per_device_train_batch_size=micro,
-        gradient_accumulation_steps=request["batch"] // micro, learning_rate=request["learning_rate"],
-        lr_scheduler_type=request["schedule"], warmup_steps=request["warmup_ratio"],
-        weight_decay=request["weight_decay"], seed=request["seed"], data_seed=request["seed"],
-        use_cpu=device_of(request["runtime"]) == "cpu", bf16=False, remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-
-
-class _Losses(TrainerCallback):
-    """Keeps the loss of every step and tells the parent."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-        self.entries: list[dict[str, float]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            loss = float(logs["loss"])
-            self.entries.append(
-                {"step": state.global_step, "loss": loss, "learning_rate": float(logs["learning_rate"])}
-            )
-            self.report(
-                state.global_step / state.max_steps, f"step {state.global_step} of {state.max_steps}, loss {loss:.3f}"
-            )
+    return get_peft_model(model, lora)
 
 
 if __name__ == "__main__":

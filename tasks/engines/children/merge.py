@@ -26,12 +26,17 @@ def merge(request: dict[str, Any], out: Path, report: Report) -> None:
     probe = torch.randint(
         0, base.get_input_embeddings().num_embeddings, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)
     )
-    model = PeftModel.from_pretrained(base.float(), request["adapter"]).eval()
-    _check_names(model, Path(request["adapter"]))
+    trained = Path(request["adapter"])
+    if (trained / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(base.float(), trained).eval()
+        _check_names(model, trained)
+    else:  # all weights were trained: there is nothing to merge, only to cast
+        model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = model(input_ids=probe).logits
         report(0.3, "merging")
-        model.merge_and_unload().to(dtype).save_pretrained(out)
+        plain = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        plain.to(dtype).save_pretrained(out)
         shutil.copytree(
             request["checkpoint"], out, ignore=shutil.ignore_patterns(*WEIGHTS, "span.json"), dirs_exist_ok=True
         )

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.algorithms.angular import RunningMoments, by_span, pair_distances, ranking
+from tasks.algorithms.angular import BootstrapRanking, RunningMoments, by_span, pair_distances, ranking
+from tasks.algorithms.prompts import prompt_ids
 from tasks.domain.errors import DataError
 from tasks.engines.children.blocks import decoder_blocks, recorded_states
 from tasks.engines.children.border import Report, device_of, serve
 
 SHORTEST_SAMPLE = 16  # tokens; less context says little about a block
+MOST_SAME_ENDS = 0.5
 
 
 def score(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, documents (file of JSON strings), samples, length, metric, token, dtype."""
+    """request: checkpoint, documents (file of texts or conversations), samples, length, seed, metric, token, dtype."""
     device = device_of(request["runtime"])
     tokenizer = AutoTokenizer.from_pretrained(request["checkpoint"])
     samples = _samples(request, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(request["checkpoint"], dtype=getattr(torch, request["dtype"]))
     model = model.to(device).eval()
     blocks = decoder_blocks(model, model.config.get_text_config().num_hidden_layers)
-    moments, batch = RunningMoments(), request["runtime"]["batch"]
+    moments, bootstrap = RunningMoments(), BootstrapRanking(request["seed"])
+    batch, every_token = request["runtime"]["batch"], request["token"] == "mean"
     with torch.inference_mode(), recorded_states(blocks) as states:
         for first in range(0, len(samples), batch):
             part = samples[first : first + batch]
@@ -34,21 +38,22 @@ def score(request: dict[str, Any], out: Path, report: Report) -> None:
             mask = torch.tensor([[1] * len(sample) + [0] * (longest - len(sample)) for sample in part], device=device)
             model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
             for row, sample in enumerate(part):
-                last = torch.stack([state[row, len(sample) - 1] for state in states])
-                moments.add(pair_distances(last.double().cpu().numpy()))
+                tokens = slice(0 if every_token else len(sample) - 1, len(sample))
+                own = torch.stack([state[row, tokens] for state in states], dim=1)
+                distances = pair_distances(own.float().cpu().numpy(), request["metric"])
+                moments.add(distances)
+                bootstrap.add(distances)
             states.clear()
             report((first + len(part)) / len(samples), f"{first + len(part)} of {len(samples)} samples")
 
     mean, std = by_span(moments.mean), by_span(moments.std())
-    distances = {
-        "metric": request["metric"],
-        "token": request["token"],
-        "samples": len(samples),
-        "mean": mean,
-        "std": std,
-    }
-    (out / "distances.json").write_text(json.dumps(distances))
-    (out / "ranking.json").write_text(json.dumps({"starts_by_count": ranking(mean)}))
+    measured = {"metric": request["metric"], "token": request["token"], "samples": len(samples)}
+    (out / "distances.json").write_text(json.dumps({**measured, "mean": mean, "std": std}))
+    ranked = {
+        "samples": len(samples), "starts_by_count": ranking(mean), "first_share": bootstrap.first_share(),
+        "warning": None if every_token else _same_ends(samples, tokenizer),
+    }  # fmt: skip
+    (out / "ranking.json").write_text(json.dumps(ranked))
     with (out / "tokens.jsonl").open("w") as file:
         file.writelines(json.dumps(sample) + "\n" for sample in samples)
 
@@ -57,14 +62,25 @@ def _samples(request: dict[str, Any], tokenizer: Any) -> list[list[int]]:
     documents = json.loads(Path(request["documents"]).read_text())
     samples: list[list[int]] = []
     for document in documents:
-        ids = tokenizer.encode(document)[: request["length"]]
+        ids = tokenizer.encode(document) if isinstance(document, str) else prompt_ids(tokenizer, document)
         if len(ids) >= SHORTEST_SAMPLE:
-            samples.append(ids)
+            samples.append(ids[: request["length"]])
         if len(samples) == request["samples"]:
             break
     if not samples:
         raise DataError(f"score.calibration: no document has {SHORTEST_SAMPLE} tokens; give longer texts")
     return samples
+
+
+def _same_ends(samples: list[list[int]], tokenizer: Any) -> str | None:
+    """A warning when most samples end in one and the same token, whose states say little about text."""
+    token, count = Counter(sample[-1] for sample in samples).most_common(1)[0]
+    if len(samples) == 1 or count <= MOST_SAME_ENDS * len(samples):
+        return None
+    return (
+        f"{count} of {len(samples)} calibration samples end in the token {tokenizer.decode([token])!r}: the states at "
+        "the last token are mostly the same; calibrate on plain text, or set score.token to mean"
+    )
 
 
 if __name__ == "__main__":

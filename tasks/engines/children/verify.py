@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tasks.domain.errors import GateError
-from tasks.engines.children.blocks import decoder_blocks
+from tasks.engines.children.blocks import bypassed, decoder_blocks
 from tasks.engines.children.border import Report, device_of, serve
 
 TOLERANCE = 1e-4  # largest allowed difference of float32 logits
@@ -47,10 +46,9 @@ def verify(request: dict[str, Any], _out: Path, report: Report) -> None:
             raise GateError(f"the pruned model gives {int((~torch.isfinite(own)).sum())} logits that are not finite")
         original = AutoModelForCausalLM.from_pretrained(request["original"], dtype=torch.float32).to(device).eval()
         blocks = decoder_blocks(original, original.config.get_text_config().num_hidden_layers)
-        for block in request["removed"]:
-            blocks[block] = _Bypass(blocks[block])
-        bypassed = original(input_ids=probe, use_cache=False).logits
-        difference = float((own - bypassed).abs().max())
+        with bypassed(blocks, request["removed"]):
+            expected = original(input_ids=probe, use_cache=False).logits
+        difference = float((own - expected).abs().max())
         if difference > TOLERANCE:
             raise GateError(
                 f"logits of the pruned model differ by {difference:.2e} from the original's with blocks "
@@ -73,20 +71,6 @@ def _cache_difference(model: Any, probe: torch.Tensor, uncached: torch.Tensor) -
         step = model(input_ids=probe[:, place : place + 1], past_key_values=step.past_key_values, use_cache=True)
         worst = max(worst, float((step.logits[:, -1] - uncached[:, place]).abs().max()))
     return worst
-
-
-class _Bypass(nn.Module):
-    """Hands the state on; keeps the replaced block's attributes, which some models read."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["replaced"] = block  # no submodule: its weights are out of the model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["replaced"], name)
-
-    def forward(self, hidden_states: Any, *_args: Any, **_kwargs: Any) -> Any:
-        return hidden_states
 
 
 if __name__ == "__main__":

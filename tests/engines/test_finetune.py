@@ -1,0 +1,127 @@
+"""Training that is interrupted, judged on held-out rows, matched in tokens, or of all weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tasks.engines.children.finetune as child
+from tasks.domain.errors import GateError
+from tasks.engines.children.finetune import finetune, read_examples
+from tasks.engines.children.merge import merge
+from tests.conftest import write_jsonl
+from tests.engines.test_child import finetune_request, quiet, training_row
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rewrites of about three times the length of their references."""
+    made = [training_row(i, f"The rewritten answer to this one is, I think, {i}.", f"It is {i}.") for i in range(20)]
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", made)
+
+
+def outcome(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, Any]]:
+    entries = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    return entries, load_file(folder / "adapter_model.safetensors"), json.loads((folder / "tokens.json").read_text())
+
+
+class Stopped(Exception):
+    """What a kill is to the training."""
+
+
+def test_a_stopped_training_goes_on_to_the_same_curve_and_weights(
+    pico: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, momentum, a schedule, several epochs and a best epoch, every one of which must be resumed."""
+    settings: dict[str, Any] = {"epochs": 3.0, "dropout": 0.1, "validation": 0.2, "warmup_ratio": 0.2}
+    finetune(finetune_request(pico, rows, **settings), tmp_path / "whole", quiet)
+
+    monkeypatch.setattr(child, "COMMIT_SECONDS", -1)  # after every step
+    request = finetune_request(pico, rows, **settings)
+    steps: list[str] = []
+
+    def stop_at_seven(_done: float, text: str) -> None:
+        steps.append(text)
+        if len(steps) == 7:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        finetune(request, tmp_path / "stopped", stop_at_seven)
+    steps.clear()
+    finetune(request, tmp_path / "resumed", lambda _done, text: steps.append(text))
+    assert steps[0].startswith("step 8 of "), "what was committed is not repeated"
+    whole, resumed = outcome(tmp_path / "whole"), outcome(tmp_path / "resumed")
+    assert whole[0] == resumed[0] and whole[2] == resumed[2]
+    assert any("validation_loss" in entry for entry in whole[0])
+    assert all(torch.equal(weight, resumed[1][name]) for name, weight in whole[1].items())
+
+
+def test_the_epoch_with_the_lowest_validation_loss_is_kept(pico: Path, rows: Path, tmp_path: Path) -> None:
+    """A learning rate that ruins the model: the adapter that is saved must be an early one."""
+    request = finetune_request(pico, rows, epochs=6.0, validation=0.3, learning_rate=1.0, schedule="constant")
+    finetune(request, tmp_path / "a", quiet)
+    entries, _, counts = outcome(tmp_path / "a")
+    losses = [entry["validation_loss"] for entry in entries if "validation_loss" in entry]
+    assert losses[-1] > min(losses) == counts["validation_loss"]
+    examples = read_examples(request, AutoTokenizer.from_pretrained(pico))
+    assert counts["validation_rows"] == len(examples.validation) == 6
+    assert counts["rows"] + counts["validation_rows"] == 20
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), tmp_path / "a").eval()
+    with torch.inference_mode():
+        total = sum(float(child.answer_loss(model, child.packed([row]))) for row in examples.validation)
+    assert total / child.answer_tokens_of(examples.validation) == pytest.approx(min(losses), rel=1e-3)
+
+
+def test_a_training_that_diverges_is_refused(pico: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match=r"not finite at step \d+ with finetune\.learning_rate=1e\+30"):
+        finetune(finetune_request(pico, rows, learning_rate=1e30), tmp_path / "a", quiet)
+    finetune(finetune_request(pico, rows, learning_rate=[1e30, 1e-3], validation=0.3), tmp_path / "b", quiet)
+    assert outcome(tmp_path / "b")[2]["learning_rate"] == 1e-3
+
+
+def test_of_several_learning_rates_the_one_with_the_lower_validation_loss_is_taken(
+    pico: Path, rows: Path, tmp_path: Path
+) -> None:
+    request = finetune_request(pico, rows, epochs=2.0, validation=0.3, learning_rate=[1e-7, 5e-3])
+    finetune(request, tmp_path / "a", quiet)
+    assert outcome(tmp_path / "a")[2]["learning_rate"] == 5e-3
+    again = finetune_request(pico, rows, epochs=2.0, validation=0.3, learning_rate=[5e-3, 1e-7])
+    finetune(again, tmp_path / "b", quiet)
+    assert all(torch.equal(w, outcome(tmp_path / "b")[1][name]) for name, w in outcome(tmp_path / "a")[1].items())
+
+
+def test_budgets_match_steps_or_answer_tokens(pico: Path, rows: Path, tmp_path: Path) -> None:
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for budget in ("steps", "answer_tokens"):
+        for arm in ("answer", "reference"):
+            out = tmp_path / f"{budget}-{arm}"
+            finetune(finetune_request(pico, rows, arm, epochs=4.0, budget=budget), out, quiet)
+            found[budget, arm] = outcome(out)[2]
+    assert found["steps", "answer"]["steps"] == found["steps", "reference"]["steps"]
+    assert found["steps", "answer"]["trained_tokens"] > 2 * found["steps", "reference"]["trained_tokens"]
+    assert found["answer_tokens", "reference"] == found["steps", "reference"], "the SFT arm is the measure"
+    a_step = found["steps", "answer"]["trained_tokens"] / found["steps", "answer"]["steps"]
+    difference = found["answer_tokens", "answer"]["trained_tokens"] - found["steps", "reference"]["trained_tokens"]
+    assert abs(difference) < 1.1 * a_step
+
+
+def test_full_fine_tuning_trains_every_weight_and_merges_to_a_checkpoint(
+    pico: Path, rows: Path, tmp_path: Path
+) -> None:
+    finetune(finetune_request(pico, rows, method="full", epochs=1.0, learning_rate=1e-3), tmp_path / "full", quiet)
+    before, after = load_file(pico / "model.safetensors"), load_file(tmp_path / "full" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(weight, after[name]) for name, weight in before.items())
+    (tmp_path / "merged").mkdir()
+    merge({"checkpoint": str(pico), "adapter": str(tmp_path / "full")}, tmp_path / "merged", quiet)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, after["model.layers.0.mlp.up_proj.weight"])
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
