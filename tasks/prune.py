@@ -17,7 +17,7 @@ from tasks.domain.stage import Stage
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise
 from tasks.policies import STAGE
-from tasks.store.checkpoint import INDEX, tensors_of, untied, write_renamed
+from tasks.store.checkpoint import INDEX, model_tensors, tensors_of, write_renamed
 
 
 @task(task_run_name="prune {stage.slug}", **STAGE)
@@ -45,7 +45,6 @@ def prune(stage: Stage, model: Ref, distances: Ref, settings: Prune, runtime: Ru
             "first_share": ranked["first_share"][span.count - 1][span.start],
         }  # fmt: skip
         (out / "span.json").write_text(json.dumps(facts["span"], indent=1))
-        _write_card(original, out, span, facts)
         progress(0.2, str(span))
         request = {
             "original": str(original), "pruned": str(out), "removed": span.removed, "parameters": facts["parameters"],
@@ -64,12 +63,13 @@ def ranked_spans(scores: Path, count: int, layers: int) -> list[Span]:
 
 
 def cut(original: Path, out: Path, span: Span) -> dict[str, Any]:
-    """Write the checkpoint without the span's blocks, and everything that comes along with it.
+    """Write the checkpoint without the span's blocks, what comes along with it, and a model card that says so.
 
+    Comes along: every file that is no weight (generation config, tokenizer, chat template, licence).
     facts: layers, parameters, bytes, and the share of the parameters (of the matrix FLOPs a token) that is gone.
     """
     config = json.loads((original / "config.json").read_text())
-    tensors = untied(tensors_of(original), config)
+    tensors = model_tensors(tensors_of(original), config)
     names = renamed(tensors, span)
     for path in original.iterdir():
         if path.suffix != ".safetensors" and path.name not in ("config.json", "README.md", INDEX):
@@ -78,10 +78,12 @@ def cut(original: Path, out: Path, span: Span) -> dict[str, Any]:
     write_renamed(tensors, names, out)
     before = sum(tensor.parameters for tensor in tensors.values())
     after = sum(tensors[name].parameters for name in names)
-    return {
+    facts = {
         "layers": span.layers - span.count, "parameters": after, "bytes": sum(tensors[name].size for name in names),
         "flops_saved_percent": 100 * (before - after) / before,
     }  # fmt: skip
+    _write_card(original, out, span, facts)
+    return facts
 
 
 def _write_card(original: Path, out: Path, span: Span, facts: dict[str, Any]) -> None:

@@ -106,10 +106,10 @@ def _copy(tensor: Tensor, target: int) -> None:
             position, left = position + moved, left - moved
 
 
-def untied(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors without a stored copy of a tied output head."""
-    copies = {name for name in tensors if name.endswith("lm_head.weight")} if is_tied(config) else set()
-    return {name: tensor for name, tensor in tensors.items() if name not in copies}
+def model_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a model is made of: no stored copy of a tied output head, no rotary table of an old Llama."""
+    dead = ("rotary_emb.inv_freq", *(["lm_head.weight"] if is_tied(config) else []))
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(dead)}
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
@@ -118,4 +118,4 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def count_parameters(folder: Path, config: Mapping[str, Any]) -> int:
-    return sum(tensor.parameters for tensor in untied(tensors_of(folder), config).values())
+    return sum(tensor.parameters for tensor in model_tensors(tensors_of(folder), config).values())

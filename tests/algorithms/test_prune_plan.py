@@ -124,14 +124,56 @@ def test_only_the_number_of_blocks_changes_in_a_plain_config() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "cut"),
     [
-        ("layer_types", ["full", "sliding", "sliding", "linear"], ["full", "linear"]),
+        ("layer_types", ["full", "sliding", "sliding", "chunked"], ["full", "chunked"]),
+        ("mlp_layer_types", ["dense", "sparse", "sparse", "sparse"], ["dense", "sparse"]),
         ("no_rope_layers", [1, 1, 1, 0], [1, 0]),
         ("num_key_value_heads_per_layer", [8, 4, 2, 1], [8, 1]),
         ("intermediate_size", [10, 20, 30, 40], [10, 40]),
+        ("activation_sparsity_pattern", [0.95, 0.95, 0.0, 0.0], [0.95, 0.0]),
+        ("mlp_only_layers", [0, 3], [0, 1]),  # numbers of blocks, not an entry a block
+        ("mlp_only_layers", [1, 2], []),
+        ("mlp_only_layers", [], []),
+        ("moe_layers", [0, 1, 2, 3], [0, 1]),
+        ("max_window_layers", 4, 2),
+        ("max_window_layers", 3, 1),
+        ("max_window_layers", 28, 2),
+        ("first_k_dense_replace", 0, 0),
+        ("first_k_dense_replace", 1, 1),
+        ("num_dense_layers", 2, 1),
     ],
 )
-def test_lists_with_an_entry_a_block_are_cut_alike(name: str, value: list[Any], cut: list[Any]) -> None:
+def test_what_the_config_says_block_by_block_is_cut_alike(name: str, value: Any, cut: Any) -> None:
     assert pruned_config({"num_hidden_layers": 4, name: value}, MIDDLE) == {"num_hidden_layers": 2, name: cut}
+
+
+@given(st.data())
+def test_cut_settings_say_of_each_kept_block_what_they_said(data: st.DataObject) -> None:
+    layers = data.draw(st.integers(2, 12))
+    count = data.draw(st.integers(1, layers - 1))
+    span = Span(data.draw(st.integers(0, layers - count)), count, layers)
+    kinds = data.draw(st.lists(st.sampled_from("fs"), min_size=layers, max_size=layers))
+    dense = data.draw(st.sets(st.integers(0, layers - 1)))
+    first = data.draw(st.integers(0, layers + 2))
+    found = pruned_config({"layer_types": kinds, "mlp_only_layers": sorted(dense), "num_dense_layers": first}, span)
+    for new, old in enumerate(span.kept):
+        assert found["layer_types"][new] == kinds[old]
+        assert (new in found["mlp_only_layers"]) == (old in dense)
+        assert (new < found["num_dense_layers"]) == (old < first)
+    assert len(found["layer_types"]) == len(span.kept)
+
+
+@pytest.mark.parametrize("length", [1, 3, 5])
+@pytest.mark.parametrize("name", ["layer_types", "no_rope_layers", "intermediate_size"])
+def test_a_list_of_another_length_than_the_model_is_refused_by_name(name: str, length: int) -> None:
+    with pytest.raises(ModelUnsupported, match=f"{length} {name} for 4 blocks"):
+        pruned_config({"num_hidden_layers": 4, name: [1] * length}, MIDDLE)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_a_list_of_the_models_length_under_an_unknown_name_is_refused_by_name(nested: bool) -> None:
+    config = {"num_hidden_layers": 4, "attn_type_list": [0, 0, 0, 1]}
+    with pytest.raises(ModelUnsupported, match="attn_type_list"):
+        pruned_config({"text_config": config} if nested else config, MIDDLE)
 
 
 @pytest.mark.parametrize(
@@ -139,15 +181,54 @@ def test_lists_with_an_entry_a_block_are_cut_alike(name: str, value: list[Any], 
     [
         ("eos_token_id", [1, 2, 3, 4]),
         ("pad_token_id", [1, 2, 3, 4]),
+        ("bad_token_ids", [1, 2, 3, 4]),
+        ("suppress_tokens", [1, 2, 3, 4]),
         ("architectures", ["AForCausalLM", "B", "C", "D"]),
-        ("layer_types_of_another_length", ["full"] * 3),
+        ("list_of_another_length", ["full"] * 3),
         ("rope_scaling", {"short_factor": [1.0, 2.0, 3.0, 4.0]}),
         ("vision_config", {"num_hidden_layers": 4, "layer_types": ["full"] * 4}),
-        ("mlp_only_layers", []),
+        ("layer_types", None),
+        ("no_rope_layers", []),
+        ("intermediate_size", 64),
     ],
 )
 def test_what_is_no_list_of_blocks_stays(name: str, value: Any) -> None:
     assert pruned_config({"num_hidden_layers": 4, name: value}, MIDDLE)[name] == value
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "cut"),
+    [
+        ({"model_type": "gemma2"}, "layer_types", [FULL, SLIDING, FULL, SLIDING, FULL, SLIDING]),
+        ({"model_type": "gemma3_text"}, "layer_types", [SLIDING] * 4 + [FULL, SLIDING]),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 3}, "layer_types",
+         [SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING]),
+        ({"model_type": "cohere2"}, "layer_types", [SLIDING, SLIDING, FULL] + [SLIDING] * 3),
+        ({"model_type": "olmo3", "layer_types": None}, "layer_types", [SLIDING, SLIDING, FULL] + [SLIDING] * 3),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layers", [0, 1, 0, 1, 0, 1]),
+        ({"model_type": "llama4_text", "no_rope_layers": []}, "no_rope_layers", [1, 1, 0, 1, 1, 1]),
+        ({"model_type": "llama"}, "layer_types", None),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_list_that_the_family_makes_by_number_is_made_before_the_cut(
+    config: dict[str, Any], name: str, cut: list[Any] | None
+) -> None:
+    assert pruned_config({"num_hidden_layers": 7, **config}, Span(0, 1, 7)).get(name) == cut
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_gpt_oss_must_take_turns_after_the_cut(spelled: bool) -> None:
+    config = {"model_type": "gpt_oss"} | ({"layer_types": [SLIDING, FULL] * 3} if spelled else {})
+    for span in (Span(1, 2, 6), Span(0, 4, 6), Span(5, 1, 6)):
+        left = 6 - span.count
+        assert pruned_config(config, span)["layer_types"] == ([SLIDING, FULL] * 3)[:left]
+    for span in (Span(0, 1, 6), Span(2, 3, 6)):
+        with pytest.raises(ModelUnsupported, match=r"layer_types .* prune\.blocks"):
+            pruned_config(config, span)
 
 
 def test_a_nested_text_config_is_cut_in_place() -> None:
@@ -164,15 +245,21 @@ def test_a_nested_text_config_is_cut_in_place() -> None:
 
 REFUSED = [
     ("quantization_config", {"bits": 4}),
+    ("compression_config", {"format": "float-quantized"}),
     ("auto_map", {"AutoModelForCausalLM": "modeling.Model"}),
-    ("first_k_dense_replace", 1),
     ("num_kv_shared_layers", 2),
+    ("use_cla", True),
+    ("hidden_size_per_layer_input", 256),
+    ("per_layer_config", {"0": {"num_attention_heads": 2}}),
+    ("cross_attention_layers", [1]),
     ("attn_layer_period", 2),
     ("decoder_sparse_step", 2),
+    ("interleave_moe_layer_step", 2),
+    ("moe_layer_freq", [0, 1, 1, 1]),
     ("sliding_window_pattern", 2),
+    ("sliding_window_pattern", "LLLG"),
+    ("no_rope_layer_interval", 4),
     ("full_attention_interval", 2),
-    ("max_window_layers", 3),
-    ("mlp_only_layers", [0, 3]),  # numbers of blocks, not an entry a block
 ]
 
 
@@ -180,28 +267,31 @@ REFUSED = [
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 def test_rules_by_block_number_and_foreign_weights_are_refused_by_name(name: str, value: Any, nested: bool) -> None:
     config = {"num_hidden_layers": 4, name: value}
+    whole = {"text_config": config} if nested else config
     with pytest.raises(ModelUnsupported, match=name):
-        pruned_config({"text_config": config} if nested else config, MIDDLE)
+        pruned_config(whole, MIDDLE)
+    with pytest.raises(ModelUnsupported, match=name):
+        layers_of({"architectures": ["XForCausalLM"], **whole})
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"quantization_config": None}, {"auto_map": {}}, {"first_k_dense_replace": 0}, {"num_kv_shared_layers": 0},
-        {"decoder_sparse_step": 1}, {"sliding_window_pattern": None},
+        {"quantization_config": None}, {"auto_map": {}}, {"num_kv_shared_layers": 0}, {"use_cla": False},
+        {"hidden_size_per_layer_input": None}, {"decoder_sparse_step": 1}, {"interleave_moe_layer_step": 1},
+        {"moe_layer_freq": 1}, {"sliding_window_pattern": None}, {"sliding_window_pattern": 0},
         {"sliding_window_pattern": 2, "layer_types": ["s", "f", "s", "f"]},
-        {"full_attention_interval": 4, "layer_types": ["l", "l", "l", "f"]},
-        {"max_window_layers": 3, "layer_types": ["f", "f", "f", "s"]},
+        {"sliding_window_pattern": "LLLG", "layer_types": ["s", "s", "s", "f"]},
+        {"no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0]},
+        {"model_type": "gemma3_text", "sliding_window_pattern": 6},
+        {"model_type": "smollm3", "no_rope_layer_interval": 4},
     ],
     ids=repr,
 )  # fmt: skip
 def test_rules_that_are_off_or_spelled_out_a_block_are_no_obstacle(fields: dict[str, Any]) -> None:
-    assert pruned_config({"num_hidden_layers": 4, **fields}, MIDDLE)["num_hidden_layers"] == 2
-
-
-def test_a_window_that_is_not_used_shrinks_with_the_model() -> None:
-    config = {"num_hidden_layers": 4, "max_window_layers": 4, "use_sliding_window": False}
-    assert pruned_config(config, MIDDLE)["max_window_layers"] == 2
+    config = {"architectures": ["XForCausalLM"], "num_hidden_layers": 4, **fields}
+    assert layers_of(config) == 4
+    assert pruned_config(config, MIDDLE)["num_hidden_layers"] == 2
 
 
 @pytest.mark.parametrize(
@@ -231,3 +321,30 @@ def test_what_is_no_decoder_only_language_model_is_refused(config: dict[str, Any
     with pytest.raises(ModelUnsupported, match=said) as caught:
         layers_of(config)
     assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"model_type": name} for name in (
+            "mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "zamba2", "falcon_h1", "nemotron_h", "lfm2_moe",
+            "granitemoehybrid", "qwen3_next", "qwen3_5_moe", "recurrent_gemma", "rwkv", "kimi_linear",
+        )),
+        {"model_type": "minimax", "layer_types": ["full_attention", "linear_attention"] * 2},
+        {"model_type": "new", "layer_types": ["full_attention", "conv"] * 2},
+        {"model_type": "new", "layers_block_type": ["mamba", "attention"] * 2},
+        {"model_type": "new", "block_types": ["recurrent", "attention"]},
+    ],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_blocks_that_keep_a_state_are_refused_by_the_models_name(fields: dict[str, Any], nested: bool) -> None:
+    config = {"num_hidden_layers": 4, **fields}
+    with pytest.raises(ModelUnsupported, match=rf"\({fields['model_type']}\) has state-space"):
+        layers_of({"architectures": ["XForCausalLM"], **({"text_config": config} if nested else config)})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "minimax_m2", "qwen3", "qwen3_moe", "gemma3_text", "gpt_oss"])
+def test_blocks_of_attention_are_no_obstacle(model_type: str) -> None:
+    config = {"architectures": ["XForCausalLM"], "model_type": model_type, "num_hidden_layers": 4}
+    assert layers_of({**config, "layer_types": [SLIDING, FULL] * 2}) == 4

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,22 @@ from transformers import AutoModelForCausalLM
 
 from tasks.domain.errors import ModelUnsupported
 from tasks.store import checkpoint
-from tasks.store.checkpoint import INDEX, Tensor, count_parameters, is_tied, tensors_of, untied, write_renamed
-from tests.conftest import build_pico
+from tasks.store.checkpoint import INDEX, Tensor, count_parameters, is_tied, model_tensors, tensors_of, write_renamed
+from tests.conftest import ROOT, build_pico
+
+MIB = 2**20
+# VmHWM and not ru_maxrss: the latter starts at the size of the process that started this one.
+PEAK_OF_A_CUT = """
+import sys
+from pathlib import Path
+from tasks.domain.span import Span
+from tasks.prune import cut
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+cut(Path(sys.argv[1]), Path(sys.argv[2]), Span(1, 7, 8))
+print(before, peak())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -172,17 +190,25 @@ def test_a_stored_copy_of_a_tied_head_is_not_written_again(pico: Path, tmp_path:
     assert "lm_head.weight" not in tensors
     stored = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
     shutil.copytree(pico, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
-    wanted = untied(stored, config_of(pico))
+    wanted = model_tensors(stored, config_of(pico))
     write_renamed(wanted, {name: name for name in wanted}, tmp_path)
     assert loaded(tmp_path).keys() == tensors.keys()
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
+def test_rotary_tables_of_old_checkpoints_are_left_out(pico: Path) -> None:
+    """They are no parameters, and every loader computes its own."""
+    tensors = tensors_of(pico)
+    table = Tensor(pico, 0, 64, "F32", (16,))
+    stored = {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": table}
+    assert model_tensors(stored, config_of(pico)) == tensors
+
+
 def test_an_untied_head_stays(loose: Path) -> None:
     tensors = tensors_of(loose)
-    assert "lm_head.weight" in untied(tensors, config_of(loose))
-    assert untied(tensors, config_of(loose)) == tensors
+    assert "lm_head.weight" in model_tensors(tensors, config_of(loose))
+    assert model_tensors(tensors, config_of(loose)) == tensors
 
 
 @pytest.mark.parametrize(
@@ -214,3 +240,37 @@ def test_a_stored_copy_of_a_tied_head_is_not_counted(pico: Path, tmp_path: Path)
         {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
     )
     assert count_parameters(tmp_path, config_of(pico)) == count_parameters(pico, config_of(pico))
+
+
+def test_the_memory_of_a_cut_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
+    """3.5 GiB in two files of holes: the real way through the code, and no block of the disk taken by the source."""
+    original, out = tmp_path / "original", tmp_path / "out"
+    original.mkdir()
+    out.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 8}
+    (original / "config.json").write_text(json.dumps(config))
+    blocks = {f"model.layers.{block}.mlp.up_proj.weight": 384 * MIB for block in range(8)}
+    write_holes(original / "model-00001-of-00002.safetensors", {"model.embed_tokens.weight": 512 * MIB})
+    write_holes(original / "model-00002-of-00002.safetensors", blocks)
+    assert sum(file.stat().st_size for file in original.glob("*.safetensors")) > 3.4 * 1024 * MIB
+
+    command = [sys.executable, "-c", PEAK_OF_A_CUT, str(original), str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
+    before, after = (int(kib) / 1024 for kib in done.stdout.split())
+    assert (out / "model.safetensors").stat().st_size > (512 + 384) * MIB
+    shutil.rmtree(out)
+    assert after < 1024 + 512, f"the cut took {after:.0f} MiB, the largest tensor has 512"
+    assert after - before < 64, f"the cut took {after - before:.0f} MiB on top of the imports' {before:.0f}"
+
+
+def write_holes(file: Path, sizes: dict[str, int]) -> None:
+    """A safetensors file of zeros that are not on the disk."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "BF16", "shape": [size // 2], "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        stream.truncate(8 + len(encoded) + offset)

@@ -2,64 +2,121 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from tasks.algorithms.prune_plan import NUMBERED, PER_LAYER, pruned_config
 from tasks.domain.errors import GateError
+from tasks.domain.span import Span
 from tasks.engines.children.blocks import bypassed, decoder_blocks
-from tasks.engines.children.border import Report, device_of, serve
+from tasks.engines.children.border import Report, device_of, serve, vllm_options
 
 TOLERANCE = 1e-4  # largest allowed difference of float32 logits
 PROBE_TOKENS = 48
+GENERATED_TOKENS = 16
+SERVED_CONTEXT = 128  # tokens; vLLM must only show that it serves the model
+
+
+def gate(request: dict[str, Any], out: Path, report: Report) -> None:
+    """`verify`, and where vLLM is installed `check_served`."""
+    verify(request, out, report)
+    if find_spec("vllm"):
+        report(0.8, "loading in vLLM")
+        torch.cuda.empty_cache()  # does nothing before a GPU was used
+        check_served(request)
+        report(1.0, "served by vLLM")
 
 
 def verify(request: dict[str, Any], _out: Path, report: Report) -> None:
     """request: original and pruned checkpoints, removed blocks, parameters expected after the cut.
 
-    Checks, each with the measured figure in its GateError: strict reload, parameter count, no NaN, logits equal
-    to the original's with the same blocks bypassed, logits with the key-value cache equal to those without.
+    Checks, each with the measured figure in its GateError: strict reload, parameter count, per-layer settings after
+    the reload, no NaN, logits with the key-value cache and greedy tokens with it equal to those without, logits
+    equal to the original's with the same blocks bypassed. One of the two models is in memory at a time, in float32.
     """
     device = device_of(request["runtime"])
-    pruned, loading = AutoModelForCausalLM.from_pretrained(
+    probe, own = _check_alone(request, device)
+    report(0.4, "reloads and generates")
+    difference = float((own - _bypassed_logits(request, probe, device)).abs().max())
+    if not difference <= TOLERANCE:  # also when it is no number
+        raise GateError(
+            f"logits of the pruned model differ by {difference:.2e} from the original's with blocks "
+            f"{request['removed']} bypassed (allowed: {TOLERANCE:.0e})"
+        )
+    report(0.7, "logits equal")
+
+
+def check_served(request: dict[str, Any]) -> None:
+    """vLLM loads the pruned checkpoint and generates, in the type that it picks.
+
+    Costs about 25 s on two CPU cores, nearly all of it vLLM's start, and the memory of one model and its cache.
+    Raises GateError with what vLLM said when it does not.
+    """
+    from vllm import LLM, SamplingParams
+
+    options = vllm_options({**request, "dtype": "auto", "max_length": SERVED_CONTEXT, "seed": 0})
+    sampling = SamplingParams(temperature=0, max_tokens=GENERATED_TOKENS, ignore_eos=True)
+    try:
+        llm = LLM(model=request["pruned"], **(options | {"enforce_eager": True}))
+        (output,) = llm.generate([{"prompt_token_ids": list(range(PROBE_TOKENS))}], sampling, use_tqdm=False)
+    except Exception as error:
+        raise GateError(f"vLLM does not serve the pruned checkpoint: {type(error).__name__}: {error}") from error
+    generated = len(output.outputs[0].token_ids)
+    if generated != GENERATED_TOKENS:
+        raise GateError(f"vLLM generates {generated} tokens from the pruned checkpoint instead of {GENERATED_TOKENS}")
+
+
+def _check_alone(request: dict[str, Any], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All that needs the pruned model only; a probe of random tokens and the model's logits of it."""
+    model, loading = AutoModelForCausalLM.from_pretrained(
         request["pruned"], dtype=torch.float32, output_loading_info=True
     )
-    pruned = pruned.to(device).eval()
+    model = model.to(device).eval()
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[fault]:
             raise GateError(
-                f"the pruned checkpoint reloads with {fault.replace('_', ' ')}: {sorted(loading[fault])[:5]}"
+                f"the pruned checkpoint reloads with {len(loading[fault])} {fault.replace('_', ' ')}: "
+                f"{sorted(loading[fault])[:5]}"
             )
-    parameters = sum(parameter.numel() for parameter in pruned.parameters())
+    # Buffers that are stored count (routers' correction biases), tied tensors count once.
+    parameters = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
     if parameters != request["parameters"]:
         raise GateError(f"the pruned model has {parameters} parameters, the plan says {request['parameters']}")
-    report(0.4, "reloaded")
+    _check_settings(request, model.config.get_text_config().to_dict())
 
     generator = torch.Generator().manual_seed(0)
-    vocabulary = pruned.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().num_embeddings
     probe = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(device)
     with torch.inference_mode():
-        own = pruned(input_ids=probe, use_cache=False).logits
+        own = model(input_ids=probe, use_cache=False).logits
         if not torch.isfinite(own).all():
             raise GateError(f"the pruned model gives {int((~torch.isfinite(own)).sum())} logits that are not finite")
-        original = AutoModelForCausalLM.from_pretrained(request["original"], dtype=torch.float32).to(device).eval()
-        blocks = decoder_blocks(original, original.config.get_text_config().num_hidden_layers)
-        with bypassed(blocks, request["removed"]):
-            expected = original(input_ids=probe, use_cache=False).logits
-        difference = float((own - expected).abs().max())
-        if difference > TOLERANCE:
-            raise GateError(
-                f"logits of the pruned model differ by {difference:.2e} from the original's with blocks "
-                f"{request['removed']} bypassed (allowed: {TOLERANCE:.0e})"
-            )
-        report(0.8, "logits equal")
-        difference = _cache_difference(pruned, probe, own)
-    if difference > TOLERANCE:
+        difference = _cache_difference(model, probe, own)
+    if not difference <= TOLERANCE:  # also when it is no number
         raise GateError(
             f"logits with the key-value cache differ by {difference:.2e} from those without (allowed: {TOLERANCE:.0e})"
         )
+    _check_generation(model, probe)
+    return probe, own.cpu()
+
+
+def _check_settings(request: dict[str, Any], found: dict[str, Any]) -> None:
+    """What transformers makes of the pruned config against the plan on what it makes of the original's.
+
+    Wider than the logits, which see no sliding window that is longer than the probe.
+    """
+    fields = ("num_hidden_layers", *PER_LAYER, *NUMBERED)
+    original = AutoConfig.from_pretrained(request["original"]).get_text_config().to_dict()
+    removed = request["removed"]
+    span = Span(removed[0], len(removed), original["num_hidden_layers"])
+    expected = pruned_config({name: original[name] for name in fields if name in original}, span)
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise GateError(f"the pruned checkpoint reloads with {name}={found.get(name)}, the plan says {value}")
 
 
 def _cache_difference(model: Any, probe: torch.Tensor, uncached: torch.Tensor) -> float:
@@ -73,5 +130,34 @@ def _cache_difference(model: Any, probe: torch.Tensor, uncached: torch.Tensor) -
     return worst
 
 
+def _check_generation(model: Any, probe: torch.Tensor) -> None:
+    """Greedy tokens with the cache are those without; the first that is not may only be a tie of logits."""
+    cached, uncached = (
+        model.generate(
+            probe, attention_mask=torch.ones_like(probe), do_sample=False, use_cache=use_cache, output_logits=True,
+            max_new_tokens=GENERATED_TOKENS, min_new_tokens=GENERATED_TOKENS, return_dict_in_generate=True,
+        )
+        for use_cache in (True, False)
+    )  # fmt: skip
+    different = (cached.sequences != uncached.sequences)[0, PROBE_TOKENS:].nonzero()
+    if len(different):
+        place = int(different[0])
+        logits = uncached.logits[place][0]
+        ours, theirs = (int(run.sequences[0, PROBE_TOKENS + place]) for run in (cached, uncached))
+        if (gap := float(logits[theirs] - logits[ours])) > TOLERANCE:
+            raise GateError(
+                f"greedy generation with the key-value cache gives token {ours} at place {place}, without it "
+                f"{theirs}, whose logit is larger by {gap:.2e} (allowed: {TOLERANCE:.0e})"
+            )
+
+
+def _bypassed_logits(request: dict[str, Any], probe: torch.Tensor, device: str) -> torch.Tensor:
+    original = AutoModelForCausalLM.from_pretrained(request["original"], dtype=torch.float32).to(device).eval()
+    blocks = decoder_blocks(original, original.config.get_text_config().num_hidden_layers)
+    with torch.inference_mode(), bypassed(blocks, request["removed"]):
+        logits: torch.Tensor = original(input_ids=probe, use_cache=False).logits
+    return logits.cpu()
+
+
 if __name__ == "__main__":
-    serve(verify)
+    serve(gate)
