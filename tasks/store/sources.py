@@ -20,7 +20,7 @@ from typing import Any, cast
 from tasks.domain.errors import ConfigError, DataError, ModelUnsupported, PipelineError
 from tasks.domain.leaderboard import LEADERBOARD
 from tasks.domain.recipe import Evaluate, FolderModel, GgufModel, HubModel, ModelSource, Table
-from tasks.store.artifacts import sha256_of
+from tasks.store.mirror import sha256_of
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 COMMIT_LENGTH = 40

@@ -20,7 +20,9 @@ from fsspec import get_filesystem_class
 
 from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
 from tasks.domain.stage import Stage
-from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Manifest, sha256_of
+from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Manifest
+from tasks.store.conditional import create
+from tasks.store.mirror import sha256_of
 
 WRITERS = 24
 FILES = {"rows.jsonl": b'{"id": 1}\n', "deep/er/weights.bin": bytes(range(256)) * 40, "deep/empty.txt": b""}
@@ -34,9 +36,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
         root = f"s3://sdd/{uuid4().hex}"
     else:
         root = f"file://{tmp_path}/store"
-    store = ArtifactStore(root, tmp_path / "mirror")
-    store.check()
-    return store
+    return ArtifactStore(root, tmp_path / "mirror")
 
 
 @pytest.fixture
