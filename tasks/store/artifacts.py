@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -134,6 +134,10 @@ class ArtifactStore:
             raise ConfigError(f"SDD_MIRROR_GB={limit}: give a number of gigabytes, e.g. 200") from None
         return _store(root, Path(os.environ.get("SDD_MIRROR", ".local/mirror")).absolute(), mirror_bytes)
 
+    @property
+    def bucket(self) -> str:
+        return self.root.removeprefix("s3://").split("/")[0]
+
     def uri(self, stage: Stage) -> str:
         return f"{self.root}/{stage.address}"
 
@@ -143,8 +147,9 @@ class ArtifactStore:
         A bucket that does not exist is an empty store: the first lease makes it.
         """
         try:
-            with self._translated(), suppress(FileNotFoundError):
-                self.fs.find(f"{self.root}/.check", maxdepth=1)
+            if self.root.startswith("s3://"):
+                with self._translated(), suppress(FileNotFoundError):
+                    self.fs.call_s3("list_objects_v2", Bucket=self.bucket, MaxKeys=1)
         except StoreUnavailable as error:  # at the start of a run the setting is the likelier culprit
             raise ConfigError(str(error)) from error
 
@@ -257,16 +262,17 @@ class ArtifactStore:
 
         def stands() -> bool:
             try:
-                return judged is not None and self._manifest(address) == judged
+                manifest = self._manifest(address)
             except ArtifactError:
                 return judged is None
+            return manifest is not None and manifest == judged
 
         target = f"{self.root}/{QUARANTINE}/{address}-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z"
         try:
             with self.hold(address, lambda: not stands()) as lease:
                 if not (lease.held() and stands()):
                     return Quarantined(f"{why}; another run has replaced it meanwhile: run again")
-                for name in sorted(self._names(address), key=lambda name: name != MANIFEST):
+                for name in sorted(self.objects(address).keys() - {LEASE}, key=lambda name: name != MANIFEST):
                     with self._translated():
                         self.fs.mv(f"{self.root}/{address}/{name}", f"{target}/{name}")
         except ConfigError as error:
@@ -291,8 +297,17 @@ class ArtifactStore:
         """Copy a run's report beside the artifacts; return its URI."""
         uri = f"{self.root}/{REPORTS}/{run_id}"
         for path in folder.iterdir():
-            self.patiently(lambda path=path: self.fs.put_file(str(path), f"{uri}/{path.name}"))
+            self.patiently(partial(self.fs.put_file, str(path), f"{uri}/{path.name}"))
         return uri
+
+    def objects(self, folder: str = "") -> dict[str, dict[str, Any]]:
+        """What lies below a folder of the store, by its path relative to that: size, and when it was written."""
+        base = f"{self.fs._strip_protocol(f'{self.root}/{folder}'.rstrip('/'))}/"
+        with suppress(FileNotFoundError):  # no bucket yet
+            found = self.patiently(lambda: self.fs.find(base, detail=True))
+            # Some servers also list the folder itself, once it is empty.
+            return {str(path).removeprefix(base): info for path, info in found.items() if str(path).startswith(base)}
+        return {}
 
     def patiently(self, request: Callable[[], T]) -> T:
         """Repeat a request while the store is away, throttles or fails, with growing pauses, for PATIENCE_SECONDS."""
@@ -335,19 +350,13 @@ class ArtifactStore:
                 f"{self.uri(stage)} holds key {manifest.key} instead of {stage.key}; remove it or use another SDD_STORE"
             )
 
-    def _names(self, address: str) -> list[str]:
-        """Relative paths of all files of an address but its lease."""
-        base = f"{self.fs._strip_protocol(f'{self.root}/{address}')}/"
-        names = [str(path).removeprefix(base) for path in self.fs.find(f"{self.root}/{address}")]
-        return [name for name in names if name != LEASE]
-
     def _acquire(self, address: str, until: Callable[[], bool]) -> Lease:
         path = f"{self.root}/{address}/{LEASE}"
         try:
             return acquire(self.fs, path, until, self.patiently)
         except FileNotFoundError:  # no bucket yet
             with self._translated(), suppress(FileExistsError):
-                self.fs.mkdir(self.root.removeprefix("s3://").split("/")[0])
+                self.fs.mkdir(self.bucket)
             return acquire(self.fs, path, until, self.patiently)
 
     def _upload(self, manifest: Manifest, folder: Path, lease: Lease) -> bool:
@@ -355,13 +364,12 @@ class ArtifactStore:
         uri = f"{self.root}/{manifest.address}"
         if not self.patiently(lease.renew) or self._has_manifest(manifest.address):
             return False
-        for name in self.patiently(lambda: self._names(manifest.address)):
-            if name not in manifest.files:  # of an upload that broke off
-                self.patiently(lambda name=name: self.fs.rm_file(f"{uri}/{name}"))
+        for name in self.objects(manifest.address).keys() - manifest.files.keys() - {LEASE}:
+            self.patiently(partial(self.fs.rm_file, f"{uri}/{name}"))  # of an upload that broke off
         for name, expected in manifest.files.items():
             if not (lease.held() or self.patiently(lease.renew)):
                 return False
-            self.patiently(lambda name=name, size=expected["bytes"]: self._put(folder / name, f"{uri}/{name}", size))
+            self.patiently(partial(self._put, folder / name, f"{uri}/{name}", expected["bytes"]))
         text = json.dumps(asdict(manifest), indent=1).encode()
         return bool(self.patiently(lease.renew) and self.patiently(lambda: create(self.fs, f"{uri}/{MANIFEST}", text)))
 

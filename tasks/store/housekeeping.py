@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 
 from tasks.domain.errors import ArtifactError, ConfigError
@@ -46,7 +47,7 @@ class Listed:
 def listing(store: ArtifactStore) -> dict[str, Listed]:
     """Everything at an artifact's address, by address: artifacts, and uploads that are under way or broke off."""
     found: dict[str, Listed] = {}
-    for path, info in _objects(store, "").items():
+    for path, info in store.objects().items():
         stage, _, rest = path.partition("/")
         slug, _, name = rest.partition("/")
         if name and ENTRY.fullmatch(slug) and stage not in (QUARANTINE, REPORTS):
@@ -103,7 +104,7 @@ def faults(store: ArtifactStore, manifest: Manifest) -> Iterator[str]:
     for name, expected in manifest.files.items():
         path = f"{store.root}/{manifest.address}/{name}"
         try:
-            if store.patiently(lambda path=path: _digest(store, path)) != (expected["bytes"], expected["sha256"]):
+            if store.patiently(partial(_digest, store, path)) != (expected["bytes"], expected["sha256"]):
                 yield f"{path} does not have the size and sha256 of its manifest"
         except FileNotFoundError:
             yield f"{path} is gone, though its manifest names it"
@@ -146,7 +147,7 @@ def remove(store: ArtifactStore, entry: Listed) -> bool:
     if LEASE in entry.files:  # its holder has not renewed it for DEAD_LEASE
         store.fs.rm_file(f"{store.root}/{entry.address}/{LEASE}")
     with store.hold(entry.address, lambda: True) as lease:
-        files = _objects(store, f"/{entry.address}")
+        files = store.objects(entry.address)
         files.pop(LEASE, None)
         if not lease.held() or any(_changed(info) > entry.changed for info in files.values()):
             return False
@@ -159,7 +160,7 @@ def _reported(store: ArtifactStore, newest: int, runs: Sequence[str]) -> set[str
     """Keys of all stages of the newest reports and of those of the named runs."""
     reports = {
         path.split("/")[0]: _changed(info)
-        for path, info in _objects(store, f"/{REPORTS}").items()
+        for path, info in store.objects(REPORTS).items()
         if path.endswith("/report.json")
     }
     if unknown := set(runs) - reports.keys():
@@ -176,13 +177,6 @@ def _reported(store: ArtifactStore, newest: int, runs: Sequence[str]) -> set[str
     return keys
 
 
-def _objects(store: ArtifactStore, folder: str) -> dict[str, dict[str, Any]]:
-    """Every object below a folder of the store, by its path relative to that."""
-    base = f"{store.fs._strip_protocol(store.root + folder)}/"
-    found = store.patiently(lambda: store.fs.find(store.root + folder, detail=True))
-    return {str(path).removeprefix(base): info for path, info in found.items()}
-
-
 def _changed(info: dict[str, Any]) -> float:
     changed = info.get("LastModified", info.get("mtime"))
     return changed.timestamp() if isinstance(changed, datetime) else float(changed or 0)
@@ -192,8 +186,7 @@ def _now(store: ArtifactStore) -> float:
     """The store's clock, unix seconds: this machine's may be off."""
     if store.root.startswith("file://"):
         return datetime.now(UTC).timestamp()
-    bucket = store.root.removeprefix("s3://").split("/")[0]
-    reply = store.patiently(lambda: store.fs.call_s3("head_bucket", Bucket=bucket))
+    reply = store.patiently(lambda: store.fs.call_s3("head_bucket", Bucket=store.bucket))
     return parsedate_to_datetime(reply["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -88,7 +89,7 @@ def acquire(fs: Any, path: str, until: Callable[[], bool], attempt: Callable[[Ca
             return lease
         if seen != watched or now - looked > LEASE_SECONDS / 2:  # not looking is no sign of its death
             watched, since = seen, now
-        elif now - since >= LEASE_SECONDS and attempt(lambda seen=seen: lease._write(seen)):
+        elif now - since >= LEASE_SECONDS and attempt(partial(lease._write, seen)):
             break
         looked = now
         time.sleep(POLL_SECONDS)

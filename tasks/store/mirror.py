@@ -1,10 +1,10 @@
 """Artifacts as plain folders on this machine, the least recently used removed first when they fill the limit.
 
     <mirror>/<stage>/<slug>-<key12>/    an artifact; its folder's mtime is its last use
-    <mirror>/.staging-*/                being written; what a dead process left is removed by the next
+    <mirror>/.staging-*/artifact/       being written; what a dead process left is removed by the next
 
-A lock is a flock on the folder itself, so it ends with the process that holds it: shared while an artifact
-is in use, exclusive on a folder that is being written or removed. The mirror belongs on a local disk.
+A lock is a flock on a folder, so it ends with the process that holds it: shared on an artifact in use,
+exclusive on one that is being removed and on a `.staging-*`. The mirror belongs on a local disk.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def is_whole(folder: Path, files: Mapping[str, Mapping[str, Any]], stamp: float)
 
 @contextmanager
 def staging(mirror: Path, name: str | None = None) -> Iterator[Path]:
-    """An empty folder on the mirror's file system, removed afterwards unless it was renamed.
+    """An empty folder on the mirror's file system; what is left of it is removed afterwards.
 
     name: only one process at a time gets the folder of a name; the others wait for it.
     """
@@ -82,16 +82,19 @@ def staging(mirror: Path, name: str | None = None) -> Iterator[Path]:
     descriptor = None
     while descriptor is None:
         if name is None:
-            folder = Path(tempfile.mkdtemp(prefix=STAGING, dir=mirror))
+            outer = Path(tempfile.mkdtemp(prefix=STAGING, dir=mirror))
         else:
-            folder = mirror / f"{STAGING}{name}"
-            folder.mkdir(exist_ok=True)
-        descriptor = _lock(folder, fcntl.LOCK_EX)
+            outer = mirror / f"{STAGING}{name}"
+            with suppress(FileExistsError):
+                outer.mkdir()
+        descriptor = _lock(outer, fcntl.LOCK_EX)
     try:
+        folder = outer / "artifact"  # the locked folder itself stays here: others may be waiting for its lock
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         yield folder
     finally:
-        if _is_at(descriptor, folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(outer, ignore_errors=True)
         os.close(descriptor)
 
 
