@@ -120,13 +120,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with local._s3() as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        record = json.loads((tmp_path / "state" / "s3" / "server.json").read_text())
-        server = Server(record["pid"], record["url"])
+        server = Server(**json.loads((tmp_path / "state" / "s3" / "server.json").read_text()))
         yield server
-        if server.process:
+        if server.process:  # `_s3` stops the one that it started itself
             server.kill()
-            server.start()  # for `_s3` to stop
-            record["pid"] = server.pid
     get_filesystem_class("s3").clear_instance_cache()
 
 
