@@ -66,7 +66,7 @@ def explain(store: ArtifactStore, preset: str, overrides: tuple[str, ...], name:
 
 
 def verify(store: ArtifactStore, name: str | None, *, quarantine: bool) -> int:
-    """Read every object of the artifacts, and this machine's copies; what is wrong there is only a copy, and goes."""
+    """Read every object, and this machine's copies; `quarantine` moves bad artifacts away and removes bad copies."""
     if name:
         addresses = [_entry(store, name).address]
     else:

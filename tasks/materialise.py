@@ -39,7 +39,9 @@ def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
                 with engine_slot() if engine else nullcontext():
                     started = time.monotonic()
                     facts = produce(folder, progress_artifact(stage))
-                    manifest = store.publish(stage, folder, facts, time.monotonic() - started, lease)
+                    seconds = time.monotonic() - started
+                # Without the slot: publishing waits for whoever took a lost lease over, who may wait for the slot.
+                manifest = store.publish(stage, folder, facts, seconds, lease)
                 link(stage, store.uri(stage))
                 return Completed(message=f"published {store.uri(stage)}", data=ref_of(store, manifest, "miss"))
     link(stage, store.uri(stage))

@@ -107,8 +107,11 @@ def test_explain_compares_with_the_nearest_and_follows_changed_inputs(
     near, far = (
         load_preset(preset, changes) for changes in (("distil.seed=5",), ("distil.seed=6", "distil.top_p=0.5"))
     )
-    for number, other in enumerate((near, far)):  # the newest is the one that differs more
+    for number, other in enumerate((near, far)):
         store.publish(build_plan(other).distilled, produced(tmp_path / f"distil-{number}"), {}, 0)
+    newest = f"{store.uri(build_plan(far).distilled)}/{MANIFEST}"
+    later = json.loads(store.fs.cat_file(newest)) | {"created": "2099-01-01T00:00:00+00:00"}
+    store.fs.pipe_file(newest, json.dumps(later).encode())
     status, text = run(capsys, "explain", preset, "distil")
     assert (status, text) == (0, f"distil: miss, nearest {build_plan(near).distilled.address}: recipe.seed: 5 -> 0\n")
     store.publish(plan.model, produced(tmp_path / "model"), {}, 0)
