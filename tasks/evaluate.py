@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from tasks.benchmarks import items_root
 from tasks.domain.leaderboard import BENCHMARKS
 from tasks.domain.recipe import Evaluate, Runtime
 from tasks.domain.stage import Stage
-from tasks.engines.child import run_child
-from tasks.materialise import Ref, folder_of, link, progress_artifact, ref_of
+from tasks.engines.child import refuse_while_stopping, run_child
+from tasks.materialise import Ref, existing, folder_of, link, progress_artifact, ref_of
 from tasks.policies import STAGE, engine_slot
 from tasks.store.artifacts import ArtifactStore
 
@@ -35,17 +34,55 @@ def evaluate(
     Each artifact holds results.json and samples_<task>.jsonl; facts: metric, value, stderr, items.
     """
     store = ArtifactStore.from_environment()
-    refs = {name: ref_of(store, manifest, "hit") for name, stage in stages.items() if (manifest := store.find(stage))}
-    missing = {name: stage for name, stage in stages.items() if name not in refs}
-    for name in refs:
-        link(stages[name], refs[name]["uri"])
-    if not missing:
-        return Completed(name="Cached", message=f"all {len(stages)} tasks exist", data=refs)
+    refs: dict[str, Ref] = {}
 
-    store.mirror.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".evaluate-", dir=store.mirror))
-    show = progress_artifact(next(iter(missing.values())))
-    request = {
+    def take_existing() -> dict[str, Stage]:
+        for name, stage in stages.items():
+            if name not in refs and (manifest := existing(store, stage)):
+                refs[name] = ref_of(store, manifest, "hit")
+                link(stage, refs[name]["uri"])
+        return {name: stage for name, stage in stages.items() if name not in refs}
+
+    if not take_existing():
+        return Completed(name="Cached", message=f"all {len(stages)} tasks exist", data=refs)
+    with ExitStack() as stack:
+        leases = {  # in one order, so that two runs never wait for each other
+            name: stack.enter_context(store.lease(stages[name], lambda: refuse_while_stopping("evaluate")))
+            for name in sorted(take_existing())
+        }
+        missing = take_existing()  # others may have been scored meanwhile
+        if missing:
+            folder = stack.enter_context(store.staging())
+            started = time.monotonic()
+            show = progress_artifact(next(iter(missing.values())))
+
+            def publish(name: str) -> None:
+                facts = score_facts(name, folder / name)
+                seconds = time.monotonic() - started - sum(ref["seconds"] for ref in refs.values())
+                manifest = store.publish(missing[name], folder / name, facts, seconds, leases[name])
+                refs[name] = ref_of(store, manifest, "miss")
+                link(missing[name], refs[name]["uri"])
+
+            def finished() -> list[str]:
+                return [name for name in missing if name not in refs and (folder / name / "results.json").exists()]
+
+            def progress(done: float, text: str) -> None:
+                show(done, f"{role}: {text}")
+                for name in finished():
+                    if leases[name].held():  # else whoever took it over may wait for the slot that this one has
+                        publish(name)
+
+            with engine_slot():
+                started = time.monotonic()
+                run_child("evaluate", _request(checkpoint, benchmarks, settings, missing), folder, runtime, progress)
+            for name in finished():
+                publish(name)
+    data = {name: refs[name] for name in stages}
+    return Completed(message=f"scored {', '.join(missing) or 'by another run'}", data=data)
+
+
+def _request(checkpoint: Ref, benchmarks: Ref | None, settings: Evaluate, stages: dict[str, Stage]) -> dict[str, Any]:
+    return {
         "checkpoint": str(folder_of(checkpoint)),
         **settings.model_dump(include={"backend", "dtype", "max_length", "max_generated", "seed"}),
         "tasks": {
@@ -54,30 +91,9 @@ def evaluate(
                 "data_root": _optional(items_root(stage.recipe["items"], benchmarks)),
                 "revision": stage.recipe["items"].get("revision"),
             }
-            for name, stage in missing.items()
+            for name, stage in stages.items()
         },
     }
-    clock = time.monotonic()
-
-    def progress(done: float, text: str) -> None:
-        nonlocal clock
-        show(done, f"{role}: {text}")
-        for name in missing.keys() - refs.keys():
-            if (folder / name / "results.json").exists():
-                facts = score_facts(name, folder / name)
-                refs[name] = ref_of(
-                    store, store.publish(missing[name], folder / name, facts, time.monotonic() - clock), "miss"
-                )
-                link(missing[name], refs[name]["uri"])
-                clock = time.monotonic()
-
-    try:
-        with engine_slot():
-            clock = time.monotonic()
-            run_child("evaluate", request, folder, runtime, progress)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return Completed(message=f"scored {', '.join(missing)}", data={name: refs[name] for name in stages})
 
 
 def item_scores(name: str, folder: Path) -> NDArray[np.float64]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,9 +14,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 
 from tasks.domain.stage import KEY_LENGTH, Stage
-from tasks.engines.child import Progress
+from tasks.engines.child import Progress, refuse_while_stopping
 from tasks.policies import engine_slot
-from tasks.store.artifacts import ArtifactStore, Manifest
+from tasks.store.artifacts import ArtifactStore, Manifest, Quarantined
 from tasks.store.parts import Parts
 
 Ref = dict[str, Any]  # stage, key, uri, cache ("hit" | "miss"), seconds, facts
@@ -34,20 +32,30 @@ def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
     What an interrupted stage wrote stays out of the store: only a finished folder is published.
     """
     store = ArtifactStore.from_environment()
-    if manifest := store.find(stage):
-        link(stage, store.uri(stage))
-        return Completed(name="Cached", message=f"{store.uri(stage)} exists", data=ref_of(store, manifest, "hit"))
-    store.mirror.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{stage.name}-", dir=store.mirror))
-    try:
-        with engine_slot() if engine else nullcontext():
-            started = time.monotonic()
-            facts = produce(folder, progress_artifact(stage))
-            manifest = store.publish(stage, folder, facts, time.monotonic() - started)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    manifest = existing(store, stage)
+    if not manifest:
+        with store.lease(stage, lambda: refuse_while_stopping(stage.name)) as lease, store.staging() as folder:
+            manifest = store.find(stage)  # made by the run that held the lease before
+            if not manifest:
+                with engine_slot() if engine else nullcontext():
+                    started = time.monotonic()
+                    facts = produce(folder, progress_artifact(stage))
+                    seconds = time.monotonic() - started
+                # Without the slot: publishing waits for whoever took a lost lease over, who may wait for the slot.
+                manifest = store.publish(stage, folder, facts, seconds, lease)
+                link(stage, store.uri(stage))
+                return Completed(message=f"published {store.uri(stage)}", data=ref_of(store, manifest, "miss"))
     link(stage, store.uri(stage))
-    return Completed(message=f"published {store.uri(stage)}", data=ref_of(store, manifest, "miss"))
+    return Completed(name="Cached", message=f"{store.uri(stage)} exists", data=ref_of(store, manifest, "hit"))
+
+
+def existing(store: ArtifactStore, stage: Stage) -> Manifest | None:
+    """The stage's artifact, checked and on this machine; a bad one is quarantined, and the stage to be made again."""
+    try:
+        return store.obtain(stage)
+    except Quarantined as error:
+        get_run_logger().warning("%s %s: %s", stage.name, stage.slug, error)
+        return None
 
 
 @contextmanager

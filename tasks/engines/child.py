@@ -43,7 +43,7 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
 
     Raises the child's own PipelineError, or EngineError with the tail of its log when it died of anything else.
     """
-    _refuse_while_stopping(name)
+    refuse_while_stopping(name)
     with tempfile.TemporaryDirectory(prefix=f"sdd-{name}-") as scratch:
         request_file, log = Path(scratch, "request.json"), Path(scratch, "log.txt")
         request_file.write_text(json.dumps({**request, "out": str(out), "runtime": runtime.model_dump()}))
@@ -60,7 +60,7 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
         with _group_ended(process), _deadline(process, runtime.timeout_minutes * 60) as expired:
             status = follower.until_end_of(process)
         failure = follower.failure
-        _refuse_while_stopping(name)
+        refuse_while_stopping(name)
         if failure:
             raise _as_error(failure)
         if status != 0:
@@ -73,7 +73,7 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
             raise errors.EngineError(f"{name}: the child process {why}; end of its log:\n{tail}")
 
 
-def _refuse_while_stopping(name: str) -> None:
+def refuse_while_stopping(name: str) -> None:
     if _stopping.is_set():
         raise errors.EngineError(f"{name}: the run is being stopped", retryable=False)
 

