@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tasks.algorithms.recovery import mean_and_error
 from tasks.benchmarks import items_root
 from tasks.domain.leaderboard import BENCHMARKS
 from tasks.domain.recipe import Evaluate, Runtime
-from tasks.domain.stage import Stage
+from tasks.domain.stage import KEY_LENGTH, Stage
 from tasks.engines.child import refuse_while_stopping, run_child
 from tasks.materialise import Ref, existing, folder_of, link, progress_artifact, ref_of
 from tasks.policies import STAGE, engine_slot
@@ -45,40 +45,34 @@ def evaluate(
 
     if not take_existing():
         return Completed(name="Cached", message=f"all {len(stages)} tasks exist", data=refs)
-    with ExitStack() as stack:
-        leases = {  # in one order, so that two runs never wait for each other
-            name: stack.enter_context(store.lease(stages[name], lambda: refuse_while_stopping("evaluate")))
-            for name in sorted(take_existing())
-        }
-        missing = take_existing()  # others may have been scored meanwhile
+    with _alone_with(checkpoint, store), store.staging() as folder:
+        missing = take_existing()  # another run may have scored them meanwhile
         if missing:
-            folder = stack.enter_context(store.staging())
-            started = time.monotonic()
-            show = progress_artifact(next(iter(missing.values())))
-
-            def publish(name: str) -> None:
-                facts = score_facts(name, folder / name)
-                seconds = time.monotonic() - started - sum(ref["seconds"] for ref in refs.values())
-                manifest = store.publish(missing[name], folder / name, facts, seconds, leases[name])
-                refs[name] = ref_of(store, manifest, "miss")
-                link(missing[name], refs[name]["uri"])
-
-            def finished() -> list[str]:
-                return [name for name in missing if name not in refs and (folder / name / "results.json").exists()]
+            show, started = progress_artifact(next(iter(missing.values()))), time.monotonic()
 
             def progress(done: float, text: str) -> None:
                 show(done, f"{role}: {text}")
-                for name in finished():
-                    if leases[name].held():  # else whoever took it over may wait for the slot that this one has
-                        publish(name)
+                for name, stage in missing.items():
+                    if name not in refs and (folder / name / "results.json").exists():
+                        seconds = time.monotonic() - started - sum(ref["seconds"] for ref in refs.values())
+                        manifest = store.publish(stage, folder / name, score_facts(name, folder / name), seconds)
+                        refs[name] = ref_of(store, manifest, "miss")
+                        link(stage, refs[name]["uri"])
 
             with engine_slot():
                 started = time.monotonic()
                 run_child("evaluate", _request(checkpoint, benchmarks, settings, missing), folder, runtime, progress)
-            for name in finished():
-                publish(name)
-    data = {name: refs[name] for name in stages}
-    return Completed(message=f"scored {', '.join(missing) or 'by another run'}", data=data)
+    return Completed(message=f"scored {', '.join(missing)}", data={name: refs[name] for name in stages})
+
+
+def _alone_with(checkpoint: Ref, store: ArtifactStore) -> AbstractContextManager[Any]:
+    """One run at a time scores a checkpoint: one lease, since a dead run's are waited for one after another."""
+
+    def never() -> bool:
+        refuse_while_stopping("evaluate")
+        return False
+
+    return store.hold(f"evaluate/of-{checkpoint['stage']}-{checkpoint['key'][:KEY_LENGTH]}", never)
 
 
 def _request(checkpoint: Ref, benchmarks: Ref | None, settings: Evaluate, stages: dict[str, Stage]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def run_python(*arguments: str, hub: str, cache: str) -> str:
 @pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_preset_is_planned(name: str, hub: str, stack: dict[str, str], tmp_path: os.PathLike[str]) -> None:
     lines = run_python("-m", "flows.recover", name, "--plan", hub=hub, cache=str(tmp_path)).splitlines()
-    assert len(lines) == (34 if name == "demo-cpu" else 33)
+    assert len(lines) == 42
     assert all(line.startswith(("miss ", "hit ")) for line in lines)
     assert sum(" evaluate " in line for line in lines) == 24
 

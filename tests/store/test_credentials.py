@@ -72,7 +72,7 @@ def test_a_reader_can_plan(reader: None, pico: Path, tmp_path: Path) -> None:
     data = {"SDD_STORE": "s3://sdd/artifacts", "SDD_DATA_ROOT": str(write_data_root(tmp_path / "data"))}
     done = subprocess.run(command, cwd=ROOT, env=os.environ | data, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 33 and "miss  distil" in done.stdout
+    assert len(done.stdout.splitlines()) == 41 and "miss  distil" in done.stdout
 
 
 def test_credentials_are_in_no_artifact_log_or_error(

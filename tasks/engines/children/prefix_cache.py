@@ -31,6 +31,9 @@ class PrefixCachedVLLM(VLLM):
         if generate:
             return super()._model_generate(requests, generate, sampling_params)
         outputs = self._score(requests, skip_cache=False)
+        for prompt, output in zip(requests, outputs, strict=True):  # some versions give no entries for cached tokens
+            absent = len(prompt) - len(output.prompt_logprobs)
+            output.prompt_logprobs = [None] * absent + list(output.prompt_logprobs)
         unscored = [
             index
             for index, (prompt, output) in enumerate(zip(requests, outputs, strict=True))
