@@ -76,7 +76,7 @@ def test_preset_is_planned(name: str, hub: str, stack: dict[str, str], tmp_path:
     lines = run_python("-m", "flows.recover", name, "--plan", hub=hub, cache=str(tmp_path)).splitlines()
     assert len(lines) == 42
     assert all(line.startswith(("miss ", "hit ")) for line in lines)
-    assert sum(" evaluate " in line for line in lines) == 24
+    assert sum(" evaluate " in line for line in lines) == 28
 
 
 def test_hub_revisions_enter_the_paper_preset_as_commits(

@@ -29,7 +29,7 @@ from lm_eval.models.vllm_causallms import VLLM
 from lm_eval.tasks import TaskManager
 request = json.loads(sys.argv[1])
 folder = tempfile.mkdtemp()
-names = {task: _write_yamls(task, request["data_root"], Path(folder)) for task in request["tasks"]}
+names = {task: _write_yamls(task, settings, Path(folder)) for task, settings in request["tasks"].items()}
 model = VLLM(pretrained=request["checkpoint"], dtype="float32", max_model_len=1024, enforce_eager=True, seed=0)
 found = {}
 for task, settings in request["tasks"].items():
@@ -45,10 +45,11 @@ Path(sys.argv[2]).write_text(json.dumps(found))
 @pytest.fixture(scope="module")
 def request_of(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     shots = {"arc_challenge": 4, "hellaswag": 3, "truthfulqa_mc2": 0}
+    root = str(write_data_root(tmp_path_factory.mktemp("root"), items=12))
     return {
-        "checkpoint": str(pico), "data_root": str(write_data_root(tmp_path_factory.mktemp("root"), items=12)),
+        "checkpoint": str(pico),
         "backend": "vllm", "dtype": "float32", "max_length": 1024, "max_generated": 8, "seed": 0,
-        "tasks": {name: {"shots": count, "limit": 6} for name, count in shots.items()},
+        "tasks": {name: {"shots": count, "limit": 6, "data_root": root} for name, count in shots.items()},
     }  # fmt: skip
 
 
