@@ -32,6 +32,7 @@ from tasks.store.housekeeping import (
     mirror_faults,
     nearest,
     remove,
+    stale_pieces,
     unneeded,
 )
 
@@ -99,6 +100,11 @@ def collect(store: ArtifactStore, newest: int, runs: list[str], hours: float, *,
         removed += entry.bytes if outcome != "in use" else 0
         kind = "artifact" if entry.is_artifact else "broken-off upload"
         print(f"{outcome:13} {entry.address:64} {_size(entry.bytes):>10}  {kind}")
+    for path, size in stale_pieces(store).items():
+        if delete:
+            store.fs.rm_file(f"{store.root}/{path}")
+        removed += size
+        print(f"{'removed' if delete else 'would remove':13} {path:64} {_size(size):>10}  old piece")
     print(f"{_size(removed)} {'removed' if delete else 'to remove; give --delete to remove them'}")
     return 0
 

@@ -373,3 +373,20 @@ def test_smoothing_keeps_the_steps_and_averages() -> None:
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
     assert tick_values(low, high) == pytest.approx(expected)
+
+
+def test_measures_beside_the_average_and_the_tasks_left_out(report: dict[str, Any], details: dict[str, Any]) -> None:
+    assert "Beyond the average" not in render(report, details), "nothing was measured"
+    for number, model in enumerate(report["models"]):
+        model |= {"chance_corrected_percent": 100.0 - 10 * number, "chance_corrected_interval": [70.0, 110.5],
+                  "perplexity": 20.0 + number, "lambada": None, "kl_to_unpruned": 0.1 * number}  # fmt: skip
+    report["chance"] = {"levels": {}, "left_out": ["gsm8k", "mmlu"]}
+    text = text_of(render(report, details), "recovery")
+    assert "Left out of it, since the unpruned model itself does not beat guessing: GSM8K, MMLU." in text
+    assert "90.0 [70.0, 110.5] 21.00 0.100" in text
+    assert "LAMBADA" not in text
+
+
+def test_warnings_about_the_calibration_are_shown(report: dict[str, Any], details: dict[str, Any]) -> None:
+    page = render(report, {**details, "warnings": ["20 of 20 samples end in <the same> token"]})
+    assert "20 of 20 samples end in <the same> token" in text_of(page, "distances")

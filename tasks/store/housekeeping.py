@@ -17,8 +17,10 @@ from tasks.domain.errors import ArtifactError, ConfigError
 from tasks.domain.stage import KEY_LENGTH, Stage, changed_fields
 from tasks.store.artifacts import CHUNK, LEASE, MANIFEST, QUARANTINE, REPORTS, ArtifactStore, Manifest
 from tasks.store.mirror import ENTRY, sha256_of
+from tasks.store.parts import PARTS
 
 READERS = 16  # manifests read at the same time
+PIECES_KEPT = 14 * 86400.0  # seconds; shards serve later runs on some of the same rows, too
 DEAD_LEASE = 600.0  # seconds; a living holder renews it three times in half a minute
 
 
@@ -140,6 +142,16 @@ def unneeded(store: ArtifactStore, newest: int, runs: Sequence[str], age: float)
         for address, entry in entries.items()
         if address not in kept and now - entry.changed > (max(age, DEAD_LEASE) if LEASE in entry.files else age)
     ]
+
+
+def stale_pieces(store: ArtifactStore) -> dict[str, int]:
+    """Pieces of unfinished stages (tasks/store/parts.py) that nobody wrote for PIECES_KEPT, and their bytes."""
+    now = _now(store)
+    return {
+        f"{PARTS}/{name}": info["size"]
+        for name, info in store.objects(PARTS).items()
+        if now - _changed(info) > PIECES_KEPT
+    }
 
 
 def remove(store: ArtifactStore, entry: Listed) -> bool:

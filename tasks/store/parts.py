@@ -13,14 +13,16 @@ from pathlib import Path
 
 from tasks.store.artifacts import ArtifactStore
 
+PARTS = "parts"
+
 
 class Parts:
     """The named pieces of one stage, in a folder that children write to by renaming; hidden files are unfinished."""
 
     def __init__(self, store: ArtifactStore, stage: str, names: Sequence[str]) -> None:
         self.store, self.names = store, names
-        self.root = f"{store.root}/parts/{stage}"
-        self.folder: Path = store.mirror / "parts" / stage
+        self.root = f"{store.root}/{PARTS}/{stage}"
+        self.folder: Path = store.mirror / PARTS / stage
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stored: dict[str, int] = {}  # name -> time of the version that the store has
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tasks.algorithms import recovery
-from tasks.algorithms.recovery import average, bootstrap_averages, difference, mean_and_error, recovered_percent
+from tasks.algorithms.recovery import (
+    above_chance,
+    average,
+    bootstrap_averages,
+    chance_corrected_percent,
+    difference,
+    mean_and_error,
+    recovered_percent,
+)
 
 Items = NDArray[np.float64]
 
@@ -163,3 +171,31 @@ def test_scores_on_other_items_are_never_compared(other: dict[str, Items]) -> No
     for compare in (recovered_percent, difference):
         with pytest.raises(ValueError, match="not scored on the same items"):
             compare(scores, other)
+
+
+def test_tasks_at_chance_are_those_whose_interval_reaches_it() -> None:
+    at, above = items(*[1.0, 0.0, 0.0, 0.0] * 25), items(*[1.0, 1.0, 0.0, 0.0] * 25)
+    error = statistics.stdev(above.tolist()) / 10
+    assert above_chance({"at": at, "above": above}, {"at": 0.25, "above": 0.25}) == ["above"]
+    for chance, kept in ((0.5 - 1.9 * error, False), (0.5 - 2.0 * error, True)):
+        assert (above_chance({"a": above}, {"a": chance}) == ["a"]) == kept
+
+
+def test_recovery_above_chance_counts_from_guessing_up() -> None:
+    unpruned = {"a": items(1, 1, 1, 0), "b": items(1, 1, 0, 0), "left": items(1, 0, 0, 0)}
+    model = {"a": items(1, 1, 0, 0), "b": items(1, 0, 0, 0), "left": items(1, 1, 1, 1)}
+    chance = {"a": 0.25, "b": 0.0, "left": 0.25}
+    found = chance_corrected_percent(model, unpruned, chance, ["a", "b"])
+    assert found.value == pytest.approx(100 * (0.375 - 0.125) / (0.625 - 0.125))
+    assert chance_corrected_percent(unpruned, unpruned, chance, ["a", "b"]).value == 100
+    guessing = {"a": items(1, 0, 0, 0), "b": items(0, 0, 0, 0)}
+    assert chance_corrected_percent(guessing, unpruned, chance, ["a", "b"]).value == pytest.approx(0)
+
+
+def test_interval_above_chance_is_that_of_the_corrected_draws() -> None:
+    model, unpruned = random_scores(1, 0.5), random_scores(2, 0.8)
+    chance = dict.fromkeys(model, 0.25)
+    found = chance_corrected_percent(model, unpruned, chance, list(model), seed=3)
+    draws = bootstrap_averages({"m": model, "u": unpruned}, 3)
+    ratios = 100 * (draws["m"] - 0.25) / (draws["u"] - 0.25)
+    assert (found.low, found.high) == tuple(pytest.approx(bound) for bound in np.percentile(ratios, [2.5, 97.5]))

@@ -166,6 +166,20 @@ def test_plan_names_the_changed_field(first: dict[str, Any], preset: str) -> Non
     assert "recipe.temperature: 0.7 -> 0.1" in line
 
 
+def test_generated_rows_are_never_generated_again(first: dict[str, Any], preset: str) -> None:
+    """The dataset's artifact is gone, its shards are not: the stage runs, and no engine does."""
+    store = ArtifactStore.from_environment()
+    uri = next(stage["uri"] for stage in first["stages"] if stage["name"] == "distil")
+    folder = store.fetch(store.manifest_at(uri))
+    before = (folder / "rows.jsonl").read_bytes()
+    store.fs.rm(uri, recursive=True)
+    done = run_cli(preset)
+    stages = {stage["name"]: stage["cache"] for stage in report_of(done)["stages"]}
+    assert [name for name, cache in stages.items() if cache == "miss"] == ["distil"]
+    assert "rewrites accepted" not in done.stdout + done.stderr
+    assert (store.fetch(store.manifest_at(uri)) / "rows.jsonl").read_bytes() == before
+
+
 def test_deleted_artifact_runs_exactly_its_stage_again(first: dict[str, Any], preset: str) -> None:
     store = ArtifactStore.from_environment()
     uri = next(stage["uri"] for stage in first["stages"] if stage["name"] == "finetune sft")

@@ -1,0 +1,88 @@
+"""The harness's prompts do not depend on where the items come from: a data root, or the hub's own tables.
+
+The hub cannot be had here: `datasets.load_dataset` is replaced by tables with the hub's columns, named as on the hub.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import pytest
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from tasks.domain.leaderboard import BENCHMARKS
+from tasks.engines.children.evaluate import _write_yamls
+from tests.tiny_data import write_data_root
+
+COMMIT = "c" * 40
+# Columns of the hub's tables that the files of a data root do without.
+FURTHER: dict[str, dict[str, Any]] = {
+    "hellaswag": {"ctx": "A man sits. he", "source_id": "activitynet~v_1", "split": "val", "split_type": "indomain"},
+    "lambada_openai": {},
+}
+
+
+class Recorder(LM):
+    """Keeps every request and answers none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Any, ...]] = []
+
+    def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+        self.asked += [tuple(request.args) for request in requests]
+        return [(0.0, False) for _ in requests]
+
+    def generate_until(self, requests: Any) -> list[str]:
+        self.asked += [(request.args[0], json.dumps(request.args[1], sort_keys=True)) for request in requests]
+        return ["" for _ in requests]
+
+    def loglikelihood_rolling(self, requests: Any) -> list[float]:
+        raise NotImplementedError
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        yield from (json.loads(line) for line in lines)
+
+
+def asked(task: str, settings: dict[str, Any], folder: Path) -> list[tuple[Any, ...]]:
+    folder.mkdir()
+    names = _write_yamls(task, settings, folder)
+    if task == "mmlu":
+        names = names[:3]
+    recorder = Recorder()
+    lm_eval.simple_evaluate(
+        model=recorder, tasks=names, task_manager=TaskManager(include_path=str(folder)), limit=2, bootstrap_iters=0,
+        num_fewshot=min(BENCHMARKS[task].shots, 4), random_seed=0, numpy_random_seed=0, torch_random_seed=0,
+        fewshot_random_seed=1234,
+    )  # fmt: skip
+    return recorder.asked
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_prompts_are_those_of_the_hub(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, benchmark = write_data_root(tmp_path / "root", items=9), BENCHMARKS[task]
+    local = asked(task, {"data_root": str(root), "revision": None}, tmp_path / "local")
+    loaded: list[str] = []
+
+    def from_hub(path: str, name: str | None = None, revision: str | None = None, **_: Any) -> datasets.DatasetDict:
+        assert (path, revision) == (benchmark.hub.split(":")[0], COMMIT)
+        loaded.append(str(name))
+        files = {split: root / "openllm" / file.replace("*", str(name)) for split, file in benchmark.files.items()}
+        tables = {split: [{**row, **FURTHER.get(task, {})} for row in read(file)] for split, file in files.items()}
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in tables.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    hub = asked(task, {"data_root": None, "revision": COMMIT}, tmp_path / "hub")
+    assert local == hub and local
+    assert loaded and (task == "mmlu" or set(loaded) <= {benchmark.hub.partition(":")[2], "None"})
+    assert random.Random(0).sample(local, 1)[0][0].strip(), "prompts are not empty"

@@ -1,0 +1,78 @@
+"""The real engine on a pico model: shards, their rows, and log-probabilities."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.domain.recipe import Distil, Runtime
+from tasks.engines.child import run_child
+from tests.conftest import pocket_pairs
+from tests.engines.test_child import quiet
+
+RUNTIME = Runtime(device="cpu", kv_cache_gb=1, timeout_minutes=5)
+SETTINGS = Distil(
+    max_tokens=12, max_length=700, attempts=2, min_accept_rate=0, dtype="float32", top_logprobs=3, min_length_ratio=0
+)
+
+
+def written(pico: Path, folder: Path, shards: list[tuple[str, int, int]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each shard that the child wrote."""
+    rows = folder / "rows.jsonl"
+    made = [
+        {"id": f"r-{number}", "source": "pocket", "kind": "instruction", "reference": pair["answer"],
+         "prompt": [{"role": "user", "content": "word " * 900 if number == 3 else pair["instruction"]}]}
+        for number, pair in enumerate(pocket_pairs()[:12])
+    ]  # fmt: skip
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    (folder / "parts").mkdir()
+    request = {"checkpoint": str(pico), "rows": str(rows), "shards": shards, "parts": str(folder / "parts"),
+               **SETTINGS.model_dump(), "messages": SETTINGS.messages()}  # fmt: skip
+    run_child("distil", request, folder / "out", RUNTIME, quiet)
+    return {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((folder / "parts").iterdir())
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return written(pico, tmp_path_factory.mktemp("whole"), [("a", 0, 5), ("b", 5, 12)])
+
+
+def test_every_row_is_decided_in_its_shard_and_order(whole: dict[str, list[dict[str, Any]]]) -> None:
+    assert {name: [row["id"] for row in rows] for name, rows in whole.items()} == {
+        "a": [f"r-{number}" for number in range(5)], "b": [f"r-{number}" for number in range(5, 12)],
+    }  # fmt: skip
+    for row in whole["a"] + whole["b"]:
+        if row["id"] == "r-3":
+            assert (row["outcome"], row["reason"], row["answer"]) == ("failed", "prompt too long", None)
+        elif row["outcome"] == "accepted":
+            assert row["answer"] == row["rewrite"] and row["reason"] == ""
+        else:
+            assert row["outcome"] == "kept_original" and row["answer"] == row["reference"] and row["reason"]
+
+
+def test_a_shard_alone_has_the_same_bytes(pico: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """What an interrupted run has left to do, or another worker does, does not depend on the rows beside it."""
+    alone = written(pico, tmp_path, [("b", 5, 12)])
+    assert alone.keys() == {"b"}
+    texts = [[(row["id"], row["rewrite"], row["outcome"]) for row in rows] for rows in (alone["b"], whole["b"])]
+    assert texts[0] == texts[1]
+
+
+def test_log_probabilities_are_of_the_tokens_of_the_rewrite(pico: Path, whole: dict[str, list[dict[str, Any]]]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    accepted = [row for row in whole["a"] + whole["b"] if row["outcome"] == "accepted"]
+    assert all(("logprobs" in row) == (row["outcome"] == "accepted") for row in whole["a"] + whole["b"])
+    for row in accepted:
+        tokens, top = row["logprobs"]["tokens"], row["logprobs"]["top"]
+        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == row["rewrite"]
+        for token, entries in zip(tokens, top, strict=True):
+            assert token in [entry[0] for entry in entries] and len(entries) in (3, 4)
+            assert all(entry[1] <= 0 for entry in entries)
