@@ -28,13 +28,13 @@ TURNS: list[list[dict[str, str]]] = [
     [{"role": "assistant", "content": "I begin, and nobody asked."}],
     [{"role": "user", "content": "Nobody answers at all."}],
 ]  # fmt: skip
-# Of a question of tests/tiny_data.py, which has nine words.
-LEAKED = "Tell me this: what did traveller 2 see near the music? I must know."
+# Of a question of tests/tiny_data.py, which has eight words.
+LEAKED = "Tell me this: what did traveller 2 see near the garden? I must know."
 
 
 @flow(persist_result=False)
 def loading(preset: Preset) -> Ref:
-    ref: Ref = load_rows(build_plan(preset).rows, preset.dataset, None)
+    ref: Ref = load_rows.submit(build_plan(preset).rows, preset.dataset, None).result()
     return ref
 
 
