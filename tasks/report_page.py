@@ -86,9 +86,10 @@ def whole(value: Any) -> str:
 def interval(bounds: Any) -> str:
     """[low, high] with one decimal; empty without two numbers, or if both are the same."""
     known = [number(bound) for bound in bounds or ()]
-    if len(known) != 2 or None in known or known[0] == known[1]:
+    low, high = known if len(known) == 2 else (None, None)
+    if low is None or high is None or math.isclose(low, high):
         return ""
-    return f"[{fixed(known[0])}, {fixed(known[1])}]"
+    return f"[{fixed(low)}, {fixed(high)}]"
 
 
 def short_count(value: Any) -> str:
