@@ -66,10 +66,14 @@ def parts_of(stage: str, progress: Progress, names: Sequence[str], *, shared: bo
     """
     parts = Parts(ArtifactStore.from_environment(), stage, names)
     parts.fetch()
+    committed = time.monotonic()
 
     def committing(done: float, text: str) -> None:
+        nonlocal committed
         progress(done, text)
-        parts.commit()
+        if time.monotonic() - committed > PROGRESS_SECONDS:  # a row's progress should not look at every shard
+            parts.commit()
+            committed = time.monotonic()
 
     try:
         yield parts.folder, committing

@@ -45,8 +45,8 @@ def recovered_percent(model: Scores, unpruned: Scores, seed: int = 0) -> Estimat
 
 def above_chance(unpruned: Scores, chance: Mapping[str, float]) -> list[str]:
     """The tasks that the unpruned model itself answers better than guessing, at CONFIDENCE."""
-    bounds = {task: np.subtract(*_mean_and_margin(items)) for task, items in unpruned.items()}
-    return [task for task, low in bounds.items() if low > chance[task]]
+    scored = {task: mean_and_error(items) for task, items in unpruned.items()}
+    return [task for task, (mean, error) in scored.items() if mean - NORMAL_QUANTILE * error > chance[task]]
 
 
 def chance_corrected_percent(
@@ -87,11 +87,6 @@ def bootstrap_averages(models: Mapping[str, Scores], seed: int) -> dict[str, NDA
             for name, value in zip(models, drawn, strict=True):
                 totals[name][replicate] += value / len(tasks)
     return totals
-
-
-def _mean_and_margin(items: NDArray[np.float64]) -> tuple[float, float]:
-    mean, error = mean_and_error(items)
-    return mean, NORMAL_QUANTILE * error
 
 
 def _estimate(value: float, draws: NDArray[np.float64]) -> Estimate:

@@ -20,7 +20,7 @@ class Parts:
     """The named pieces of one stage, in a folder that children write to by renaming; hidden files are unfinished."""
 
     def __init__(self, store: ArtifactStore, stage: str, names: Sequence[str]) -> None:
-        self.store, self.names = store, names
+        self.store, self.stage, self.names = store, stage, names
         self.root = f"{store.root}/{PARTS}/{stage}"
         self.folder: Path = store.mirror / PARTS / stage
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -29,8 +29,7 @@ class Parts:
     def fetch(self) -> None:
         """Bring what the store has and this machine has not."""
         with self.store.translated():
-            there = {path.rsplit("/", 1)[-1] for path in self.store.fs.find(self.root)} & {*self.names}
-            for name in there:
+            for name in self.store.objects(f"{PARTS}/{self.stage}").keys() & {*self.names}:
                 path = self.folder / name
                 if not path.exists():
                     self.store.fs.get_file(f"{self.root}/{name}", str(path.with_name(f".{name}")))

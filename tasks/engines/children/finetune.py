@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,7 @@ class _Training:
     def _batch(self, step: int) -> list[Example]:
         """The rows of a step: every epoch is a shuffle of its own, the same for both arms."""
         epoch, place = divmod(step, self.per_epoch)
-        order = list(range(len(self.examples.train)))
-        random.Random(f"{self.request['seed']}/{epoch}").shuffle(order)
+        order = _shuffled(len(self.examples.train), f"{self.request['seed']}/{epoch}")
         size = self.request["batch"]
         return [self.examples.train[index] for index in order[place * size : (place + 1) * size]]
 
@@ -262,6 +262,13 @@ class _Training:
         self.step, self.entries, self.best_loss = state["step"], state["entries"], state["best_loss"]
         self.scheduler.last_epoch = self.step - 1
         self.scheduler.step()
+
+
+@lru_cache(maxsize=1)  # one epoch's: every step of it asks
+def _shuffled(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _model(request: dict[str, Any]) -> Any:
