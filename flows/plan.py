@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from tasks.domain.errors import ConfigError
+from deployments.local import environment
+from tasks.domain.errors import ConfigError, PipelineError
 from tasks.domain.leaderboard import BENCHMARKS
-from tasks.domain.recipe import Calibration, Evaluate, HeldOut, Preset
+from tasks.domain.recipe import Calibration, Evaluate, HeldOut, Preset, load_preset
 from tasks.domain.stage import Stage
+from tasks.store.artifacts import ArtifactStore
 from tasks.store.sources import benchmark_identity, model_identity, table_identity, wheel_identity
 
 ARMS = {"sft": "reference", "sdd": "answer"}  # arm -> field of a row that it is trained on
@@ -174,3 +178,34 @@ def library_versions(*names: str) -> dict[str, str]:
         else:
             raise ConfigError(f"{name} is not installed; install this project with its extra cpu or gpu")
     return found
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    """The command line of `flows.recover`."""
+    parser = argparse.ArgumentParser(prog="python -m flows.recover", description=(doc or "").split("\n")[0])
+    parser.add_argument("preset", help="name of a file in deployments/presets/, or a path to one")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="dotted.key=value"
+    )
+    parser.add_argument("--plan", action="store_true", help="print every stage with hit or miss, and run nothing")
+    return parser.parse_args()
+
+
+def print_plan(options: argparse.Namespace) -> int:
+    """Every stage with its key and hit or miss; on a miss, what changed since the newest artifact of its kind."""
+    try:
+        plan = build_plan(load_preset(options.preset, tuple(options.overrides)))
+        with environment(prefect=False):
+            store = ArtifactStore.from_environment()
+            store.check()
+            for name, stage in plan.stages():
+                if store.find(stage):
+                    print(f"hit   {name:32} {stage.address}")
+                    continue
+                changes = store.newest_change(stage)
+                why = "first of its kind" if changes is None else "; ".join(changes[:4]) or "same recipe, other slug"
+                print(f"miss  {name:32} {stage.address}  ({why})")
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0

