@@ -36,6 +36,7 @@ PREFECT_SETTINGS = {
     "PREFECT_LOCAL_STORAGE_PATH": str(STATE / "prefect" / "storage"),
     "PREFECT_SERVER_MEMO_STORE_PATH": str(STATE / "prefect" / "memo.toml"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_METRICS_ENABLED": "true",
     "PREFECT_UI_API_URL": "/api",  # else the pages of a server on another port ask the one on 4200
     # Leases in memory would keep a killed holder's slot for ever once the server restarts.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
