@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRA ?= cpu
 UV := 0.13.9
+PIP_AUDIT := 2.10.1
 
-.PHONY: setup demo real ui deploy worker test test-ops lint bench clean
+.PHONY: setup demo real ui deploy worker test test-ops bench lint audit clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -54,6 +55,12 @@ bench: setup
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Known vulnerabilities of every package in the lock files. The database knows releases, not builds: no hashes, no +cpu.
+# --strict: a package that could not be looked up is an error.
+audit: setup
+	for lock in requirements-*.lock; do $(BIN)/uv tool run pip-audit==$(PIP_AUDIT) --strict --disable-pip --no-deps \
+		--requirement <(sed -e '/--hash=/d' -e 's/ \\$$//' -e 's/+cpu//' $$lock) || exit 1; done
 
 clean:
 	rm -rf $(VENV) .local
