@@ -137,7 +137,7 @@ def _service(
     with (STATE / name / "users.lock").open("w") as users, (STATE / name / "change.lock").open("w") as change:
         fcntl.flock(change, fcntl.LOCK_EX)
         running = json.loads(record.read_text()) if record.exists() else None
-        if not running or not _answers(running["url"] + health):
+        if not running or not _still_runs(running) or not _answers(running["url"] + health):
             running = _start(name, command, port, health, extra)
             record.write_text(json.dumps(running))
         fcntl.flock(users, fcntl.LOCK_SH)
@@ -192,6 +192,15 @@ def _is_gone(pid: int) -> bool:
         pass
     os.kill(pid, 0)
     return False
+
+
+def _still_runs(server: dict[str, Any]) -> bool:
+    """Whether the process of a record lives; when it was killed, its number and its port may be others' by now."""
+    try:
+        command = Path(f"/proc/{server['pid']}/cmdline").read_text()
+    except OSError:
+        return False
+    return server["url"].rsplit(":", 1)[1] in command
 
 
 def _answers(url: str) -> bool:

@@ -46,6 +46,8 @@ def test_a_run_started_in_the_form_goes_green_and_shows_its_stages(page: Page, w
     expect(page.get_by_text("Temperature (Optional)")).to_be_visible()
     with worker("cpu"):
         page.get_by_role("button", name="Submit").click()
+        page.wait_for_url(re.compile(f"{deployment}($|[?])"))
+        page.locator("a[href*='/runs/flow-run/']").first.click()
         page.wait_for_url(re.compile("/runs/flow-run/"))
         run = UUID(re.findall("flow-run/([0-9a-f-]{36})", page.url)[0])
         final = ended(run)

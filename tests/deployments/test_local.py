@@ -1,0 +1,63 @@
+"""The embedded servers: shared by all runs of a checkout, stopped by the last, never mistaken for another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments import local
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(local, "STATE", tmp_path)
+    (tmp_path / "files").mkdir()
+    return tmp_path / "files"
+
+
+def command(port: int) -> list[str]:
+    return [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
+
+
+def pid_of(state: Path) -> int:
+    return int(json.loads((state / "server.json").read_text())["pid"])
+
+
+def test_users_share_one_server_and_the_last_stops_it(state: Path) -> None:
+    with local._service("files", command, port=local._free_port(), health="/", extra={}) as first:
+        pid = pid_of(state)
+        with local._service("files", command, port=local._free_port(), health="/", extra={}) as second:
+            assert second == first
+        assert local._answers(first)
+    assert not local._answers(first)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_stranger_on_a_killed_servers_port_is_not_used(state: Path) -> None:
+    with local._service("files", command, port=local._free_port(), health="/", extra={}) as url:
+        os.killpg(pid_of(state), signal.SIGKILL)
+        os.waitpid(pid_of(state), 0)
+        stranger = subprocess.Popen(command(int(url.rsplit(":", 1)[1])), stderr=subprocess.DEVNULL)
+        try:
+            while not local._answers(url):
+                assert stranger.poll() is None
+            with local._service("files", command, port=local._free_port(), health="/", extra={}) as own:
+                assert own != url
+        finally:
+            stranger.kill()
+            stranger.wait()
+
+
+def test_a_commands_status_is_passed_on() -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert local._run([sys.executable, "-c", "import sys; sys.exit(3)"]) == 3
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
