@@ -78,6 +78,14 @@ def test_the_unpruned_model_has_recovered_exactly_all(first: list[int], second: 
     assert (found.value, found.low, found.high) == (100.0, 100.0, 100.0)
 
 
+@pytest.mark.parametrize("seed", range(9))
+def test_the_unpruned_model_has_recovered_exactly_all_above_chance(seed: int) -> None:
+    scores = random_scores(seed, 0.7)
+    again = {task: values.copy() for task, values in scores.items()}
+    found = chance_corrected_percent(scores, again, dict.fromkeys(scores, 0.25), list(scores), seed)
+    assert (found.value, found.low, found.high) == (100.0, 100.0, 100.0)
+
+
 def test_a_difference_to_itself_is_exactly_zero() -> None:
     found = difference(random_scores(1, 0.5), random_scores(1, 0.5))
     assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
