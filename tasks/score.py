@@ -17,6 +17,7 @@ from tasks.domain.stage import Stage
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise
 from tasks.policies import STAGE
+from tasks.prune import refuse_what_cannot_be_cut
 from tasks.rows import benchmark_text
 from tasks.store.sources import read_table
 
@@ -32,6 +33,7 @@ def score_blocks(
     """
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
+        refuse_what_cannot_be_cut(folder_of(model))
         calibration = settings.calibration
         documents = _prompts(folder_of(rows)) if rows else _texts(calibration)
         random.Random(calibration.seed).shuffle(documents)
