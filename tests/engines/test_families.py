@@ -124,6 +124,7 @@ def test_a_family_goes_through_the_whole_method(
     score({
         "checkpoint": str(original), "documents": str(documents), "samples": 4, "length": 32, "seed": 0,
         "metric": "angular", "token": "last", "dtype": "float32", "runtime": RUNTIME.model_dump(),
+        "part": str(tmp_path / "sums"), "commit_seconds": 3600,
     }, scores, quiet)  # fmt: skip
     samples = [json.loads(line) for line in (scores / "tokens.jsonl").read_text().splitlines()]
     assert len(samples) == 4
