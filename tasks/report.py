@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.events import emit_event
 
 from tasks.algorithms.recovery import (
     Scores,
@@ -31,6 +32,7 @@ from tasks.store.artifacts import ArtifactStore, code_commit
 from tasks.store.sources import model_revision
 
 ARMS = ("sft", "sdd")
+LOW_RECOVERY = "sdd.recovery.low"  # deployments/automations.py reports it
 SHOWN_ROWS = {"accepted": 6, "kept_original": 4, "failed": 2}
 
 
@@ -84,6 +86,14 @@ def write_report(
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     uri = ArtifactStore.from_environment().upload_report(folder, run_id)
     _show(report, uri)
+    recovered = report["models"][-1]["recovered_percent"]
+    if preset.runtime.alert_below is not None and recovered < preset.runtime.alert_below:
+        emit_event(
+            LOW_RECOVERY,
+            resource={"prefect.resource.id": f"prefect.flow-run.{run_id}"},
+            related=[{"prefect.resource.id": "prefect.tag.sdd", "prefect.resource.role": "tag"}],
+            payload={"recovered_percent": recovered, "alert_below": preset.runtime.alert_below, "report": uri},
+        )
     return str(folder)
 
 

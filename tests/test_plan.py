@@ -52,6 +52,8 @@ PLACES = {
 
 # Another value for every setting that is no number.
 OTHER_VALUES: dict[str, Any] = {
+    "runtime.engines_on": "stage/gpu",
+    "runtime.alert_below": 90.0,
     "score.metric": "block_influence",
     "score.token": "mean",
     "score.dtype": "bfloat16",

@@ -44,3 +44,7 @@ class EngineError(PipelineError):
     def __init__(self, message: str, *, retryable: bool = True) -> None:
         super().__init__(message)
         self.retryable = retryable
+
+
+class OutOfMemory(EngineError):
+    """The device's memory did not suffice; the next try takes smaller batches."""

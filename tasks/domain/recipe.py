@@ -311,11 +311,25 @@ class Runtime(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engines: int = Field(1, ge=1, description="Child processes that may use the device at the same time.")
+    engines_on: str | None = Field(
+        None,
+        description="Deployment of `run_stage`, e.g. stage/gpu, that runs what needs a device; empty: this machine.",
+    )
     batch: int = Field(8, ge=1, description="Sequences a forward pass of scoring and of the hf backend.")
     micro_batch: int = Field(8, ge=1, description="Rows a forward pass of the fine-tuning.")
     kv_cache_gb: int = Field(2, ge=1, description="KV cache of vLLM on CPU.")
     gpu_memory: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory that vLLM may take.")
     timeout_minutes: float = Field(360, gt=0, description="Longest life of one child process.")
+    alert_below: float | None = Field(
+        None, description="Recovered percent of SDD under which the event sdd.recovery.low is sent."
+    )
+
+    def halved(self, times: int) -> Runtime:
+        """With batches of 2^-times the size, and less of the GPU for vLLM, which finds others there."""
+        return self.model_copy(update={
+            "batch": max(1, self.batch >> times), "micro_batch": max(1, self.micro_batch >> times),
+            "gpu_memory": self.gpu_memory * 0.8**times,
+        })  # fmt: skip
 
 
 class Preset(Settings):

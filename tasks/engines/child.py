@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,7 @@ LOG_TAIL = 2000  # characters of the child's log inside an error
 SECRETS = ("AWS_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PR_SET_PDEATHSIG = 1
 
+_short_of_memory: Counter[str] = Counter()  # children that ran out of it in this process, and how often
 _running: set[subprocess.Popen[bytes]] = set()
 _stopping = threading.Event()
 
@@ -41,9 +43,11 @@ _stopping = threading.Event()
 def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, progress: Progress) -> None:
     """Run `tasks.engines.children.<name>` on `request`, its files going to `out`.
 
-    Raises the child's own PipelineError, or EngineError with the tail of its log when it died of anything else.
+    Raises the child's own PipelineError, or EngineError with the tail of its log when it died of anything else. After
+    OutOfMemory further children of this name take half the batch.
     """
     refuse_while_stopping(name)
+    runtime = runtime.halved(_short_of_memory[name])
     with tempfile.TemporaryDirectory(prefix=f"sdd-{name}-") as scratch:
         request_file, log = Path(scratch, "request.json"), Path(scratch, "log.txt")
         request_file.write_text(json.dumps({**request, "out": str(out), "runtime": runtime.model_dump()}))
@@ -62,7 +66,9 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
         failure = follower.failure
         refuse_while_stopping(name)
         if failure:
-            raise _as_error(failure)
+            error = _as_error(failure)
+            _short_of_memory[name] += isinstance(error, errors.OutOfMemory)
+            raise error
         if status != 0:
             tail = log.read_text(errors="replace")[-LOG_TAIL:]
             why = (

@@ -13,6 +13,10 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 
+from flows.plan import build_plan
+from flows.recover import run_stage
+from tasks.domain.errors import ArtifactError, ConfigError
+from tasks.domain.recipe import load_preset
 from tasks.store.artifacts import ArtifactStore
 from tests.conftest import ROOT
 from tests.tiny_data import write_data_root, write_preset
@@ -192,6 +196,21 @@ def test_deleted_artifact_runs_exactly_its_stage_again(first: dict[str, Any], pr
     store.fs.rm(uri, recursive=True)
     plan = run_cli(preset, "--plan").stdout
     assert [line.split()[1:3] for line in plan.splitlines() if line.startswith("miss")] == [["finetune", "sft"]]
+
+
+def test_one_stage_alone_as_another_machine_makes_it(first: dict[str, Any], preset: str) -> None:
+    loaded, store = load_preset(preset), ArtifactStore.from_environment()
+    stage = dict(build_plan(loaded).stages())["drift sdd"]
+    store.fs.rm(store.uri(stage), recursive=True)
+    run_stage(loaded, "drift sdd", stage.key)
+    assert store.find(stage)
+    with pytest.raises(ConfigError, match=r"would make .*, the run waits for 000000000000; .*lock file"):
+        run_stage(loaded, "drift sdd", "0" * 64)
+    with pytest.raises(ConfigError, match="name=drift sda: no stage"):
+        run_stage(loaded, "drift sda", stage.key)
+    other = load_preset(preset, ("finetune.seed=1",))
+    with pytest.raises(ArtifactError, match="merge sdd needs its adapter"):
+        run_stage(other, "merge sdd", build_plan(other).merged["sdd"].key)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks.domain.errors import PipelineError
+from tasks.domain.errors import OutOfMemory, PipelineError
 
 Report = Callable[[float, str], None]
 
@@ -35,6 +35,16 @@ def serve(run: Callable[[dict[str, Any], Path, Report], None]) -> None:
         except PipelineError as error:
             say(error=type(error).__name__, text=str(error))
             sys.exit(1)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            say(error=OutOfMemory.__name__, text=f"{type(error).__name__}: {error}")
+            sys.exit(1)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch's own error (torch is not imported for it), or vLLM's words for a device that others have filled."""
+    return type(error).__name__ == "OutOfMemoryError" or "less than desired GPU memory utilization" in str(error)
 
 
 def device_of(runtime: dict[str, Any]) -> str:

@@ -22,9 +22,9 @@ SERVED_CONTEXT = 128  # tokens; vLLM must only show that it serves the model
 
 
 def gate(request: dict[str, Any], out: Path, report: Report) -> None:
-    """`verify`, and where vLLM is installed `check_served`."""
+    """`verify`, and `check_served` where vLLM is installed and finds the device that it is built for."""
     verify(request, out, report)
-    if find_spec("vllm"):
+    if find_spec("vllm") and (torch.version.cuda is None or torch.cuda.is_available()):
         report(0.8, "loading in vLLM")
         torch.cuda.empty_cache()  # does nothing before a GPU was used
         check_served(request)

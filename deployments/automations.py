@@ -1,0 +1,80 @@
+"""What the Prefect server does by itself when a worker dies or a run goes wrong.
+
+    python -m deployments.automations          create them, or bring them up to date (part of `make deploy`)
+
+With SDD_NOTIFY_URL (a Slack or other webhook that takes {"text": ...}) failures are reported there, too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState, SendNotification
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+SILENCE = timedelta(seconds=100)  # three heartbeats of 30 s
+STARTS = 3  # of one run, the first included
+TERMINAL = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+HEARTBEAT = "prefect.flow-run.heartbeat"
+LOW_RECOVERY = "sdd.recovery.low"  # sent by tasks/report.py
+ANY_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
+BODY = "{{ flow_run.name }}: {{ flow_run.state.name }} {{ flow_run.state.message }} {{ flow_run|ui_url }}"
+
+
+def automations() -> Iterator[AutomationCore]:
+    yield AutomationCore(
+        name="sdd: a silent run has crashed",
+        description="No heartbeat: its machine is gone, and nobody else will say so.",
+        trigger=EventTrigger(
+            posture=Posture.Proactive, match=ANY_RUN, match_related=tagged("sdd"), for_each={"prefect.resource.id"},
+            after={HEARTBEAT}, expect={HEARTBEAT, *TERMINAL}, threshold=1, within=SILENCE,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat; its worker is gone")],
+    )  # fmt: skip
+    yield AutomationCore(
+        name="sdd: a crashed run starts again",
+        description="Finished stages are hits, so it goes on where it was.",
+        trigger=EventTrigger(
+            posture=Posture.Reactive, match_related=tagged("reschedule"), for_each={"prefect.resource.id"},
+            match={**ANY_RUN, "prefect.run-count": [str(count) for count in range(STARTS)]},
+            expect={"prefect.flow-run.Crashed"}, threshold=1, within=timedelta(0),
+        ),
+        actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="its worker died")],
+    )  # fmt: skip
+    if url := os.environ.get("SDD_NOTIFY_URL"):
+        block = CustomWebhookNotificationBlock(
+            name="sdd", url=url, json_data={"text": "{{subject}}\n{{body}}"}, timeout=10
+        ).save("sdd-notify", overwrite=True)
+        for name, events in {"failed": {"prefect.flow-run.Failed"}, "recovered too little": {LOW_RECOVERY}}.items():
+            yield AutomationCore(
+                name=f"sdd: tell who {name}",
+                trigger=EventTrigger(
+                    posture=Posture.Reactive, match=ANY_RUN, match_related=tagged("sdd"),
+                    for_each={"prefect.resource.id"}, expect=events, threshold=1, within=timedelta(0),
+                ),
+                actions=[SendNotification(block_document_id=block, subject=f"A run {name}", body=BODY)],
+            )  # fmt: skip
+
+
+def tagged(tag: str) -> dict[str, str]:
+    return {"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}
+
+
+def main() -> int:
+    with get_client(sync_client=True) as client:
+        for automation in automations():
+            for old in client.read_automations_by_name(automation.name):
+                client.delete_automation(old.id)
+            client.create_automation(automation)
+            print(f"automation: {automation.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Score a published checkpoint alone, e.g. on tasks or items that its run left out.
+
+prefect deployment run evaluate/checkpoint --param checkpoint=merge/smollm2-135m-instruct-n6-sdd-7cd2e0a5afb7 ...
+"""
+
+from __future__ import annotations
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+
+from flows.plan import benchmark_items, evaluations
+from tasks.benchmarks import load_benchmarks
+from tasks.domain.recipe import Evaluate, Runtime
+from tasks.domain.stage import KEY_LENGTH, Stage
+from tasks.engines.child import children_end_with_the_run
+from tasks.evaluate import evaluate
+from tasks.materialise import ref_of
+from tasks.policies import provide_engine_slots
+from tasks.store.artifacts import ArtifactStore, Manifest
+
+
+@flow(name="evaluate", flow_run_name="evaluate {checkpoint}", persist_result=False)
+def evaluate_checkpoint(checkpoint: str, settings: Evaluate, runtime: Runtime = Runtime()) -> dict[str, float]:  # noqa: B008
+    """The checkpoint's score on each task; what its own run has measured is not measured again.
+
+    checkpoint: address below the store's root, of stage model, prune or merge (see `flows.artifacts list`).
+    """
+    store = ArtifactStore.from_environment()
+    store.check()
+    manifest = store.manifest_at(f"{store.root}/{checkpoint.removeprefix(f'{store.root}/')}")
+    provide_engine_slots(runtime.engines)
+    with children_end_with_the_run():
+        wheel = benchmark_items(settings)
+        items = load_benchmarks(wheel, settings.benchmarks) if wheel else None
+        slug = manifest.address.split("/")[1][: -KEY_LENGTH - 1]
+        stages = evaluations(settings, published(manifest, slug), slug)
+        refs = evaluate(stages, slug, ref_of(store, manifest, "hit"), items, settings, runtime)
+    scores = {task: ref["facts"] for task, ref in refs.items()}
+    fields = ("metric", "value", "stderr", "items")
+    table = [{"task": task, **{name: facts[name] for name in fields}} for task, facts in scores.items()]
+    create_table_artifact(table, key="scores", description=manifest.address)
+    return {task: float(facts["value"]) for task, facts in scores.items()}
+
+
+def published(manifest: Manifest, slug: str) -> Stage:
+    """The stage that made an artifact; of its inputs only the keys are known, so its own key is taken as it is."""
+    identity = manifest.identity
+    stage = Stage(identity["stage"], identity["version"], identity["recipe"], slug=slug)
+    stage.__dict__["key"] = manifest.key
+    return stage

@@ -1,0 +1,22 @@
+"""Remove, on a schedule, what no report needs: `flows.artifacts gc` as a flow.
+
+prefect deployment run collect-garbage/nightly
+"""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.artifacts import collect
+from tasks.store.artifacts import REPORTS, ArtifactStore
+
+
+@flow(name="collect-garbage", persist_result=False, log_prints=True)
+def collect_garbage(newest: int = 10, hours: float = 24.0, delete: bool = True) -> None:
+    """Keep what the newest reports reach, what is leased and what is younger than so many hours."""
+    store = ArtifactStore.from_environment()
+    store.check()
+    if not store.fs.exists(f"{store.root}/{REPORTS}"):
+        print(f"nothing removed: no report under {store.root}/{REPORTS} says what to keep")
+        return
+    collect(store, newest, [], hours, delete=delete)

@@ -1,0 +1,98 @@
+"""Every combination of blocks, seeds and dataset sizes of one preset, with one comparison.
+
+    python -m flows.sweep PRESET --blocks 3 6 --seeds 0 1 2 [--rows 1000 3000] [--set dotted.key=value ...]
+
+Each combination is a run of `recover`; what two of them share (scoring, the rewritten rows, the unpruned model's
+scores) has one key and is computed once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, runtime
+from prefect.artifacts import create_table_artifact
+
+from deployments.local import environment
+from flows.recover import check, recover
+from tasks.domain.errors import PipelineError
+from tasks.domain.recipe import Preset, load_preset
+
+MEASURES = ("average", "recovered_percent", "chance_corrected_percent", "lambada", "perplexity", "kl_to_unpruned")
+
+
+@flow(name="sweep", flow_run_name="sweep of {preset.name}", persist_result=False)
+def sweep(
+    preset: Preset, blocks: Sequence[int], seeds: Sequence[int] = (0,), rows: Sequence[int | None] = (None,)
+) -> str:
+    """Run every point and compare them; returns the folder of comparison.csv.
+
+    blocks: numbers n of blocks to remove. seeds: of the fine-tuning. rows: of each source; None as in the preset.
+    """
+    points = [(point, changed(preset, *point)) for point in product(blocks, seeds, rows)]
+    for _, each in points:
+        check(each)
+    lines = [line for point, each in points for line in compared(point, Path(recover(each)))]
+    create_table_artifact(lines, key="comparison", description=f"{len(points)} runs of {preset.name}")
+    run_id = str(runtime.flow_run.id)
+    folder = Path(os.environ.get("SDD_STATE", ".local"), "reports", f"sweep-{preset.name}-{run_id[:8]}").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "comparison.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0].keys())
+        writer.writeheader()
+        writer.writerows(lines)
+    return str(folder)
+
+
+def changed(preset: Preset, blocks: int, seed: int, rows: int | None) -> Preset:
+    """The preset of one point of the grid, checked as one that was read from a file."""
+    tree = preset.model_dump(mode="json")
+    tree["prune"]["blocks"] = blocks
+    tree["finetune"]["seed"] = seed
+    if rows is not None:
+        for source in tree["dataset"]["sources"]:
+            source["rows"] = rows
+    return Preset.model_validate(tree)
+
+
+def compared(point: tuple[int, int, int | None], folder: Path) -> Iterator[dict[str, Any]]:
+    """One line a model of a run's report."""
+    report = json.loads((folder / "report.json").read_text())
+    for model in report["models"]:
+        low, high = model["interval"]
+        yield {
+            "blocks": point[0], "seed": point[1], "rows": report["dataset"]["rows"], "model": model["role"],
+            **{name: model[name] for name in MEASURES}, "interval_low": low, "interval_high": high,
+            "report": str(folder),
+        }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("preset")
+    parser.add_argument("--blocks", type=int, nargs="+", required=True, metavar="N")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    parser.add_argument("--rows", type=int, nargs="+", default=[None], metavar="ROWS")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    options = parser.parse_args()
+    try:
+        preset = load_preset(options.preset, tuple(options.overrides))
+        with environment(prefect=True):
+            folder = sweep(preset, options.blocks, options.seeds, options.rows)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print(f"comparison: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

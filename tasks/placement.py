@@ -1,0 +1,108 @@
+"""Where a stage runs: in this process, or as a run of its own on another work pool's machine.
+
+The store is what the machines share: a stage that ran elsewhere is found there, whoever made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prefect import Task, task
+from prefect.deployments import run_deployment
+from prefect.states import Completed, State
+
+from tasks.distil import distil
+from tasks.domain.errors import ArtifactError, ConfigError, EngineError
+from tasks.domain.recipe import Preset, Runtime
+from tasks.domain.stage import KEY_LENGTH, Stage
+from tasks.drift import measure_drift
+from tasks.evaluate import evaluate
+from tasks.finetune import finetune
+from tasks.materialise import Ref, ref_of
+from tasks.policies import STAGE
+from tasks.score import score_blocks
+from tasks.store.artifacts import ArtifactStore
+
+# submit(name, task, stage or stages, *further arguments of the task) -> a future of its ref or refs
+Submit = Callable[..., Any]
+Stages = Stage | Mapping[str, Stage]
+
+ENGINES: tuple[Task[..., Any], ...] = (score_blocks, distil, finetune, evaluate, measure_drift)
+
+
+def here(_name: str, stage_task: Task[..., Any], *arguments: Any) -> Any:
+    """Everything in this process."""
+    return stage_task.submit(*arguments)
+
+
+def engines_on(deployment: str, preset: Preset) -> Submit:
+    """What needs the device as runs of this deployment of `run_stage`; pruning, merging and reports here."""
+
+    def submit(name: str, stage_task: Task[..., Any], stages: Stages, *arguments: Any) -> Any:
+        if stage_task not in ENGINES:  # the preset's device is the other machine's
+            mine = [a.model_copy(update={"device": "auto"}) if isinstance(a, Runtime) else a for a in arguments]
+            return stage_task.submit(stages, *mine)
+        return run_elsewhere.submit(name, stages, deployment, preset, arguments)
+
+    return submit
+
+
+def only(wanted: str, key: str) -> Submit:
+    """One stage in this process, whose key (of the first, of several) is known; all others as the store has them.
+
+    Raises ConfigError when this machine's libraries or settings give it another key.
+    """
+    store = ArtifactStore.from_environment()
+
+    def submit(name: str, stage_task: Task[..., Any], stages: Stages, *arguments: Any) -> Any:
+        if name != wanted:
+            return _refs(store, stages)
+        if _key(stages) != key:
+            raise ConfigError(
+                f"{name}: this worker would make {_key(stages)[:KEY_LENGTH]}, the run waits for {key[:KEY_LENGTH]}; "
+                "give both machines the same code, lock file (make setup EXTRA=...) and SDD_DATA_ROOT"
+            )
+        for stage in [stages] if isinstance(stages, Stage) else stages.values():
+            for role, needed in stage.inputs.items():
+                if store.find(needed) is None:
+                    raise ArtifactError(f"{name} needs its {role}, {needed.address}, which is not in {store.root}")
+        return stage_task.submit(stages, *arguments)
+
+    return submit
+
+
+@task(task_run_name="{name}", **STAGE)
+def run_elsewhere(name: str, stages: Stages, deployment: str, preset: Preset, _inputs: Any) -> State[Any]:
+    """Wait for a run of the deployment that makes this stage, unless its artifact exists; returns its ref or refs.
+
+    _inputs: what has to exist before. A run whose worker died is started again; one that failed has had its retries.
+    """
+    store = ArtifactStore.from_environment()
+    if found := _refs(store, stages):
+        return Completed(name="Cached", message=f"{name} exists", data=found)
+    parameters = {"preset": preset.model_dump(mode="json"), "name": name, "key": _key(stages)}
+    run = run_deployment(deployment, parameters=parameters)
+    if run.state is None or not run.state.is_completed():
+        why = f"{run.state.name}: {run.state.message}" if run.state else "unknown"
+        crashed = run.state is not None and run.state.is_crashed()
+        raise EngineError(f"{name}: its run {run.name} of {deployment} ended {why}", retryable=crashed)
+    found = _refs(store, stages, cache="miss")
+    if found is None:
+        raise ArtifactError(
+            f"{name}: {deployment} ended well, but its artifact is not in {store.root}; one store for both"
+        )
+    return Completed(message=f"made by {run.name}", data=found)
+
+
+def _key(stages: Stages) -> str:
+    return stages.key if isinstance(stages, Stage) else next(iter(stages.values())).key
+
+
+def _refs(store: ArtifactStore, stages: Stages, cache: str = "hit") -> Ref | dict[str, Ref] | None:
+    """The refs of what the store has, all of it or None."""
+    if isinstance(stages, Stage):
+        manifest = store.find(stages)
+        return ref_of(store, manifest, cache) if manifest else None
+    refs = {name: _refs(store, stage, cache) for name, stage in stages.items()}
+    return None if None in refs.values() else {name: ref for name, ref in refs.items() if ref is not None}

@@ -1,0 +1,48 @@
+"""A device short of memory: the next child of its kind takes smaller batches, until they fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tasks.domain.errors import OutOfMemory
+from tasks.domain.recipe import Runtime
+from tasks.engines import child
+from tests.conftest import pocket_pairs
+
+# No device here can be filled: scoring finds no room for more than two sequences.
+FULL = """
+import sys
+if "tasks.engines.children.score" in sys.orig_argv:
+    import torch
+    original = torch.nn.Embedding.forward
+    def forward(self, ids):
+        if ids.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, ids)
+    torch.nn.Embedding.forward = forward
+"""
+
+
+def test_batches_are_halved_until_they_fit(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FULL)
+    monkeypatch.setattr(child, "_short_of_memory", type(child._short_of_memory)())
+
+    (tmp_path / "documents.json").write_text(json.dumps([pair["answer"] * 4 for pair in pocket_pairs()[:12]]))
+    request = {
+        "checkpoint": str(pico), "documents": str(tmp_path / "documents.json"), "samples": 8, "length": 32, "seed": 0,
+        "metric": "angular", "token": "last", "dtype": "float32",
+    }  # fmt: skip
+
+    def score(out: str) -> str:
+        child.run_child("score", request, tmp_path / out, Runtime(device="cpu", batch=8), lambda done, text: None)
+        return (tmp_path / out / "distances.json").read_text()
+
+    undisturbed = score("undisturbed")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for _ in range(2):  # batches of 8, then 4
+        with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+            score("full")
+    assert json.loads(score("halved"))["samples"] == json.loads(undisturbed)["samples"] == 8
