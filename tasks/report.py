@@ -21,6 +21,7 @@ from tasks.algorithms.recovery import (
     average,
     chance_corrected_percent,
     difference,
+    recovered_by_task,
     recovered_percent,
 )
 from tasks.domain.leaderboard import BENCHMARKS, LAMBADA, LEADERBOARD
@@ -124,6 +125,10 @@ def _model(
             if name in LEADERBOARD
         },
         "average": average(items[role]),
+        "recovered_by_task": {
+            name: found and {"percent": found.value, "interval": [found.low, found.high]}
+            for name, found in recovered_by_task(items[role], items["unpruned"]).items()
+        },
         "recovered_percent": recovered.value,
         "interval": [recovered.low, recovered.high],
     }

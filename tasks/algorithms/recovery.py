@@ -43,6 +43,16 @@ def recovered_percent(model: Scores, unpruned: Scores, seed: int = 0) -> Estimat
     return _estimate(100 * (average(model) / average(unpruned)), 100 * (draws["model"] / draws["unpruned"]))
 
 
+def recovered_by_task(model: Scores, unpruned: Scores, seed: int = 0) -> dict[str, Estimate | None]:
+    """The same of each task alone; None where the unpruned model is right so rarely that a draw may have no ratio."""
+    found: dict[str, Estimate | None] = {}
+    for task in unpruned:
+        one, other = {task: model[task]}, {task: unpruned[task]}
+        measurable = bootstrap_averages({"unpruned": other}, seed)["unpruned"].min() > 0
+        found[task] = recovered_percent(one, other, seed) if measurable else None
+    return found
+
+
 def above_chance(unpruned: Scores, chance: Mapping[str, float]) -> list[str]:
     """The tasks that the unpruned model itself answers better than guessing, at CONFIDENCE."""
     scored = {task: mean_and_error(items) for task, items in unpruned.items()}

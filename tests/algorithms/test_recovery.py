@@ -19,6 +19,7 @@ from tasks.algorithms.recovery import (
     chance_corrected_percent,
     difference,
     mean_and_error,
+    recovered_by_task,
     recovered_percent,
 )
 
@@ -179,6 +180,16 @@ def test_scores_on_other_items_are_never_compared(other: dict[str, Items]) -> No
     for compare in (recovered_percent, difference):
         with pytest.raises(ValueError, match="not scored on the same items"):
             compare(scores, other)
+
+
+def test_each_task_recovers_by_itself() -> None:
+    model, unpruned = random_scores(3, 0.4), random_scores(53, 0.6)
+    found = recovered_by_task(model | {"never": np.zeros(30)}, unpruned | {"never": np.zeros(30)})
+    rarely = recovered_by_task({"a": items(1, 0, 0, 0)}, {"a": items(0, 1, 0, 0)})
+    assert found["never"] is None and rarely == {"a": None}, "a draw with nothing right has no ratio"
+    for task in unpruned:
+        assert found[task] == recovered_percent({task: model[task]}, {task: unpruned[task]})
+        assert found[task] is not None and found[task].low < found[task].value < found[task].high  # type: ignore[union-attr]
 
 
 def test_tasks_at_chance_are_those_whose_interval_reaches_it() -> None:

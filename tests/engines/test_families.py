@@ -305,6 +305,23 @@ def test_tensors_that_no_cut_could_number_are_refused_before_the_scoring(untied:
         refuse_what_cannot_be_cut(tmp_path)
 
 
+def test_code_that_comes_with_a_model_is_refused_by_name_and_never_run(untied: Path, tmp_path: Path) -> None:
+    """Neither by the plan nor by a child that is given such a folder all the same."""
+    shutil.copytree(untied, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "custom", "auto_map": code}))
+    (tmp_path / "custom.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    with pytest.raises(ModelUnsupported, match="auto_map: remote code"):
+        refuse_what_cannot_be_cut(tmp_path)
+    (tmp_path / "documents.json").write_text(json.dumps(["A calibration text, long enough. " * 8]))
+    request = {"checkpoint": str(tmp_path), "documents": str(tmp_path / "documents.json"), "samples": 1, "length": 32,
+               "part": str(tmp_path / "sums"), "runtime": RUNTIME.model_dump(), "dtype": "float32"}  # fmt: skip
+    with pytest.raises(ValueError, match="custom code"):
+        score(request, tmp_path, quiet)
+    assert not (tmp_path / "ran").exists()
+
+
 # --- what the gate finds ----------------------------------------------------------------------------------
 
 
