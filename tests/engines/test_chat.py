@@ -36,16 +36,17 @@ from pathlib import Path
 from vllm.v1.engine.core_client import InprocClient
 from tasks.engines.children.distil import distil
 from tasks.engines.children.evaluate import evaluate
-fed, add = [], InprocClient.add_request
+fed, seeds, add = [], [], InprocClient.add_request
 def noting(self, request):
     fed.append(list(request.prompt_token_ids))
+    seeds.append(request.sampling_params.seed)
     return add(self, request)
 InprocClient.add_request = noting
 evaluation, generation, out = json.loads(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
 evaluate(evaluation, out, print)
-evaluated, fed[:] = list(fed), []
+evaluated, fed[:], seeds[:] = list(fed), [], []
 distil(generation, out, print)
-(out / "fed.json").write_text(json.dumps({"evaluation": evaluated, "generation": fed}))
+(out / "fed.json").write_text(json.dumps({"evaluation": evaluated, "generation": fed, "seeds": seeds}))
 """
 
 Ids = list[int]
@@ -110,7 +111,7 @@ def vllm(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     generation = {
         "checkpoint": str(model), "rows": str(write_jsonl(folder / "rows.jsonl", rows)),
         "shards": [["all", 0, len(rows)]], "parts": str(folder / "parts"), "runtime": RUNTIME.model_dump(),
-        **Distil(max_tokens=2, max_length=1024, attempts=1, dtype="float32").model_dump(),
+        **Distil(max_tokens=2, max_length=1024, attempts=2, dtype="float32").model_dump(),
         "messages": [{"role": "user", "content": "{request}"}],
     }  # fmt: skip
     requests = [json.dumps(evaluation_request(model, root, "vllm")), json.dumps(generation)]
@@ -170,6 +171,16 @@ def test_generation_training_and_evaluation_read_the_same_ids(
     assert left == {"vllm": [], "hf": []}, "nothing else was asked"
 
 
+def test_a_rewrite_that_is_not_kept_is_asked_for_again_with_another_seed(vllm: Path) -> None:
+    fed = json.loads((vllm / "fed.json").read_text())
+    rows = [json.loads(line) for line in (vllm / "parts" / "all.jsonl").read_text().splitlines()]
+    again = [row["id"] for row in rows if row["outcome"] == "kept_original"]
+    assert again and len(rows) < len(fed["generation"]) <= 2 * len(rows)
+    assert len(set(fed["seeds"])) == len(fed["seeds"])
+    asked = [fed["generation"].count(ids) for ids in fed["generation"]]
+    assert max(asked) == 2, "with the same prompt"
+
+
 def test_both_backends_score_the_same_answers(vllm: Path, hf: tuple[Path, list[Ids]]) -> None:
     found = []
     for folder in (vllm, hf[0]):
@@ -180,13 +191,16 @@ def test_both_backends_score_the_same_answers(vllm: Path, hf: tuple[Path, list[I
     np.testing.assert_allclose(found[0], found[1], atol=2e-3)
 
 
-def test_no_start_token_where_the_template_has_none(pico: Path, root: Path, tmp_path: Path) -> None:
+def test_no_start_token_where_the_template_has_none(pico: Path, tmp_path: Path) -> None:
+    """However the harness's backend encodes a prompt, and though its tokenizer adds one to other text."""
     model = checkpoint(pico, tmp_path / "model", WITH_START.removeprefix("{{ bos_token }}"))
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    fed = by_hf(model, root, tmp_path / "out")
-    assert len(fed) == LIMIT * 5
-    assert not [ids for ids in fed if tokenizer.bos_token_id in ids]
-    assert sum(ids == prompt_ids(tokenizer, asked) for ids in fed for each in worked_prompts() for asked in each) == 3
+    harness = type("Chat", (ChatPrompts, HFLM), {})(pretrained=str(model), device="cpu", dtype="float32", batch_size=1)
+    (messages, (answer, *_)), *_ = choice_prompts()
+    ids, length = training_ids(harness.tokenizer, messages, answer)
+    assert harness.tokenizer.bos_token_id not in ids
+    text = harness.apply_chat_template(messages)
+    assert harness.tok_encode(text) == harness.tok_batch_encode([text])[0][0].tolist() == ids[:length]
+    assert harness._encode_pair(text, answer) == (ids[:length], ids[length:-1])
 
 
 def test_a_template_that_refuses_a_system_message_is_asked_without_it() -> None:

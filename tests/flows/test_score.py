@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -55,19 +56,21 @@ def pruning(preset: Preset) -> None:
     prune.submit(plan.pruned, model, distances, preset.prune, preset.runtime).result()
 
 
-@pytest.fixture
-def preset(stack: dict[str, str], pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preset:
-    """Scores one benchmark item among its texts; has a store of its own."""
-    monkeypatch.setenv("SDD_STORE", f"s3://sdd/{uuid4().hex}")
-    monkeypatch.setenv("SDD_MIRROR", str(tmp_path / "mirror"))
-    monkeypatch.setenv("SDD_DATA_ROOT", str(write_data_root(tmp_path / "data")))
+@pytest.fixture(scope="module")
+def preset(stack: dict[str, str], pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preset]:
+    """Scores one benchmark item among its texts; these tests have a store of their own."""
+    folder = tmp_path_factory.mktemp("scoring")
     texts = [{"text": LEAKED}, *({"text": pair["answer"]} for pair in pocket_pairs())]
-    calibration = {"path": str(write_jsonl(tmp_path / "text.jsonl", texts)), "samples": SAMPLES, "length": 32}
+    calibration = {"path": str(write_jsonl(folder / "text.jsonl", texts)), "samples": SAMPLES, "length": 32}
     path = write_preset(
-        tmp_path / "p.yaml", pico, score={"calibration": calibration},
+        folder / "p.yaml", pico, score={"calibration": calibration},
         runtime={"device": "cpu", "kv_cache_gb": 1, "batch": 2},
     )  # fmt: skip
-    return load_preset(str(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDD_STORE", f"s3://sdd/{uuid4().hex}")
+        patch.setenv("SDD_MIRROR", str(folder / "mirror"))
+        patch.setenv("SDD_DATA_ROOT", str(write_data_root(folder / "data")))
+        yield load_preset(str(path))
 
 
 def test_a_killed_pass_goes_on_and_ends_with_the_same_bytes(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
