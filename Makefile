@@ -49,6 +49,9 @@ test: setup lint
 test-ops: setup
 	$(BIN)/python -m pytest -q tests/ops
 
+bench: setup
+	$(BIN)/python -m tests.benchmarks.stages
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 

@@ -24,7 +24,7 @@ from tasks.domain.recipe import Preset
 from tests.conftest import ROOT
 from tests.tiny_data import write_data_root, write_preset
 
-LONGEST = 600.0  # seconds that anything here may take before it counts as one that never comes
+LONGEST = 1200.0  # seconds that anything here may take before it counts as one that never comes
 PAUSE = 0.5  # between two looks
 T = TypeVar("T")
 

