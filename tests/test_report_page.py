@@ -111,6 +111,7 @@ def stage(name: str, cache: str, seconds: float) -> dict[str, Any]:
 
 
 def sample_report() -> dict[str, Any]:
+    fitted = {"rows": 295, "trained_tokens": 20480, "tokens": 30111, "steps": 38, "too_long": 0}
     return {
         "schema": 1,
         "run": {
@@ -128,6 +129,11 @@ def sample_report() -> dict[str, Any]:
             "reasons": {"unfinished": 20, "other final answer": 40, "copied": 15, "empty": 5},
         },
         "models": [model(role) for role in VALUES],
+        "difference": {
+            "value": 0.004, "interval": [-0.01, 0.02],
+            "statement": "SDD and SFT cannot be told apart at 95 % (SDD - SFT: +0.0040).",
+        },
+        "training": {"sft": fitted, "sdd": {**fitted, "trained_tokens": 24576, "too_long": 3}},
         "stages": [
             stage("model", "hit", 0.0), stage("score", "miss", 31.26), stage("distil", "miss", 402.11),
             stage("finetune sdd", "miss", 120.5), stage("evaluate sdd gsm8k", "miss", 1042.0),
@@ -136,7 +142,6 @@ def sample_report() -> dict[str, Any]:
 
 
 def sample_details() -> dict[str, Any]:
-    fitted = {"rows": 295, "trained_tokens": 20480, "tokens": 30111, "steps": 38, "too_long": 0}
     example = {
         "id": "math-000003", "prompt": "Natalia sold 48 clips in April and half as many in May. How many in all?",
         "reference": "48/2 = 24 clips in May.\n48 + 24 = 72.\n#### 72",
@@ -149,12 +154,7 @@ def sample_details() -> dict[str, Any]:
         "note": "A demonstration on two cores: the scores compare the four models with each other only.",
         "distances": distances(30),
         "losses": {"sft": losses(38, 1.4), "sdd": losses(37, 0.7)},
-        "training": {"sft": fitted, "sdd": {**fitted, "trained_tokens": 24576, "too_long": 3}},
         "examples": [example, {**example, "id": "math-000004"}, kept, failed],
-        "comparison": {
-            "value": 0.004, "low": -0.01, "high": 0.02,
-            "words": "SDD and SFT cannot be told apart at 95 % (SDD - SFT: +0.0040).",
-        },
         "settings": "name: demo-cpu\nprune:\n  blocks: 6\n",
         "shots": {name: {"shots": 5, "limit": 100, "leaderboard_shots": 25 if name[0] == "a" else 5} for name in NAMES},
         "machine": "Linux x86_64, 2 cores, torch 2.13.0",
@@ -177,7 +177,8 @@ def test_the_page_has_the_runs_numbers(report: dict[str, Any], details: dict[str
     for expected in (
         "SmolLM2-135M-Instruct: 6 of 30 blocks removed", "preset demo-cpu · 2026-11-24 · 13.5 minutes",
         "134.5 → 113.3 M", "15.8 % fewer", "95.7 %", "95 % interval [92.0, 99.3]", details["note"],
-        details["comparison"]["words"], "1a2b3c4d5e6f", "Linux x86_64, 2 cores", "3f0c9a44-2d1e-4a52-9f31-0b6f5f8f7c10",
+        report["difference"]["statement"], "1a2b3c4d5e6f", "Linux x86_64, 2 cores",
+        "3f0c9a44-2d1e-4a52-9f31-0b6f5f8f7c10",
     ):  # fmt: skip
         assert expected in text
     assert render(report, details).index(details["note"]) < render(report, details).index('id="recovery"')

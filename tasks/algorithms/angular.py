@@ -70,9 +70,19 @@ class BootstrapRanking:
         self.totals: Array = np.zeros(())
 
     def add(self, value: Array) -> None:
+        self.totals = self.totals + self._drawn()[:, None, None] * value
+
+    def resume(self, count: int, totals: Array) -> None:
+        """Go on from the totals that a ranking of the same seed had after so many samples."""
+        for _ in range(count):
+            self._drawn()
+        self.totals = totals
+
+    def _drawn(self) -> Array:
+        """How often the next sample enters each replicate."""
         drawn = self.generator.poisson(1.0, len(self.weights)).astype(np.float64)
         self.weights += drawn
-        self.totals = self.totals + drawn[:, None, None] * value
+        return drawn
 
     def first_share(self) -> list[list[float | None]]:
         """`m[n-1][l]`: share of the replicates in which start l is the least important one for n blocks."""

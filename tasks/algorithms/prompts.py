@@ -27,8 +27,12 @@ def prompt_ids(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[in
     if tokenizer.chat_template is None:
         text = "\n\n".join(message["content"] for message in messages) + "\n\n"
         return tokenizer.encode(text)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(prompt_text(tokenizer, messages), add_special_tokens=False)
+
+
+def prompt_text(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> str:
+    """What the chat template makes of the conversation, special tokens included."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def training_ids(tokenizer: ChatTokenizer, messages: Sequence[Message], answer: str) -> tuple[list[int], int]:

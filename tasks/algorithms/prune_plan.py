@@ -2,12 +2,13 @@
 
 Paper, section 2.1: drop the blocks l* .. l*+n-1 and connect the rest. On disk that means: leave the removed
 blocks' tensors out, renumber those behind them, and cut whatever the config says block by block alike. The tables
-hold the settings that transformers' configuration files and model code read by block number; a list that looks like
-one of them and is not in a table is refused.
+hold the settings that transformers' configuration files and model code read by block number; a setting that looks
+like one of them and is not in a table is refused.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,6 +32,9 @@ THRESHOLDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", 
 # "Every k-th block": no k says it after a cut. 0 and 1 mean every block alike; a list (named here) overrides the rule.
 PERIODS = {
     "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "layer_switch": "layer_types",
+    "order_of_interleaved_layers": "layer_types",
     "global_attn_every_n_layers": "layer_types",
     "full_attention_interval": "layer_types",
     "no_rope_layer_interval": "no_rope_layers",
@@ -54,8 +58,19 @@ EVERY_KTH = {
     "llama4_text": ("no_rope_layers", "no_rope_layer_interval", 4),
 }
 USUAL_AND_KTH = {"layer_types": ("sliding_attention", "full_attention"), "no_rope_layers": (1, 0)}
+# Families that make a list by a rule of another kind where the config leaves it out.
+MADE_BY_NUMBER = {
+    "layer_types": ("cwm", "deepseek_v4", "granite_swa", "granitemoe_swa", "mimo_v2_flash"),
+    "mlp_layer_types": ("axk2", "deepseek_v4", "glm4_moe_lite", "hy_v3", "hy_v4", "laguna", "mimo_v2_flash"),
+    "indexer_types": ("hy_v4",),
+}
 # Families whose layer_types vLLM does not read: there the rule must still hold after the cut.
 SERVED_BY_RULE = ("gpt_oss",)
+# Names of settings that go by block number; those in no table are refused.
+BY_NUMBER = re.compile(
+    r"(_interval|_period|_pattern|_frequency|(?<!_base)_freq|_every_\w+|_layers|_layer_id[xs]|_layers?_ind(ex|ices|exes)"
+    r"|_replace|_per_stack)$|^layers?_(?!norm)|_layers?_(step|offset|switch|start|end)"
+)
 NOT_PER_LAYER = re.compile(r"(token_ids?|_tokens|architectures|keys_to_ignore_at_inference|image_grid_pinpoints)$")
 
 REFUSED = {
@@ -68,11 +83,18 @@ REFUSED = {
     "per_layer_config": "settings of single blocks by number; this layout is not supported",
     "cross_attention_layers": "blocks that read images, by number; this layout is not supported",
 }
+# Model types of which the config does not say what makes a block differ from the others.
+UNLIKE = {
+    "diffllama": "attention weighs by block number",
+    "gpt_neox_japanese": "the last block has a bias that the others lack",
+    "modernbert-decoder": "the first block lacks a norm that the others have",
+}
 # Model types whose blocks keep a state-space, linear-attention, recurrent or convolution state (beginnings).
 STATEFUL = (
     "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "mamba", "nemotron_h",
     "olmo_hybrid", "plamo2", "qwen3_5", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zaya",
 )  # fmt: skip
+KNOWN = {"num_hidden_layers", "moe_layer_end_index", *PER_LAYER, *NUMBERED, *THRESHOLDS, *PERIODS, *REFUSED}
 STATEFUL_KINDS = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "hybrid_sliding"}
 
 
@@ -129,6 +151,19 @@ def _refuse_fields(config: Mapping[str, Any]) -> None:
                 f"the model's config has {name}={config[name]}, a rule by block number that a cut would shift; "
                 "this layout is not supported"
             )
+    for name, families in MADE_BY_NUMBER.items():
+        if config.get("model_type") in families and not config.get(name):
+            raise ModelUnsupported(
+                f"the model's config has no {name}, which transformers then makes by block number; load the model with "
+                "transformers and save it again, which writes them out"
+            )
+    for name, value in config.items():
+        by_number = BY_NUMBER.search(name) and name not in KNOWN and "num_hidden_layers" in config
+        if by_number and value and (value > 1 if isinstance(value, int) else isinstance(value, str | list | dict)):
+            raise ModelUnsupported(
+                f"the model's config has {name}={value}, which seems to go by block number and is not known; this "
+                "layout is not supported"
+            )
 
 
 def _cut(name: str, value: Any, span: Span) -> Any:
@@ -138,6 +173,10 @@ def _cut(name: str, value: Any, span: Span) -> Any:
         return pruned_config(value, span)
     if name in THRESHOLDS and isinstance(value, int):
         return sum(block < value for block in span.kept)
+    if name == "moe_layer_end_index" and isinstance(value, int) and value != -1:  # the last one, which -1 says too
+        return sum(block <= value for block in span.kept) - 1
+    if name == "scale_depth" and value:  # model code divides it by the root of the number of blocks
+        return value * math.sqrt(len(span.kept) / span.layers)
     if not isinstance(value, list) or not value:
         return value
     if name in NUMBERED:
@@ -184,6 +223,8 @@ def layers_of(config: Mapping[str, Any]) -> int:
     text = config.get("text_config") or {}
     for part in (config, text):
         kinds = {kind for name in ("layer_types", "layers_block_type", "block_types") for kind in part.get(name) or ()}
+        if reason := UNLIKE.get(str(part.get("model_type"))):
+            raise ModelUnsupported(f"the model ({part['model_type']}) is not supported: {reason}")
         if str(part.get("model_type")).startswith(STATEFUL) or kinds & STATEFUL_KINDS:
             raise ModelUnsupported(
                 f"the model ({part.get('model_type')}) has state-space, linear-attention, recurrent or convolution "

@@ -43,6 +43,16 @@ def recovered_percent(model: Scores, unpruned: Scores, seed: int = 0) -> Estimat
     return _estimate(100 * (average(model) / average(unpruned)), 100 * (draws["model"] / draws["unpruned"]))
 
 
+def recovered_by_task(model: Scores, unpruned: Scores, seed: int = 0) -> dict[str, Estimate | None]:
+    """The same of each task alone; None where the unpruned model is right so rarely that a draw may have no ratio."""
+    found: dict[str, Estimate | None] = {}
+    for task in unpruned:
+        one, other = {task: model[task]}, {task: unpruned[task]}
+        measurable = bootstrap_averages({"unpruned": other}, seed)["unpruned"].min() > 0
+        found[task] = recovered_percent(one, other, seed) if measurable else None
+    return found
+
+
 def above_chance(unpruned: Scores, chance: Mapping[str, float]) -> list[str]:
     """The tasks that the unpruned model itself answers better than guessing, at CONFIDENCE."""
     scored = {task: mean_and_error(items) for task, items in unpruned.items()}
@@ -60,7 +70,9 @@ def chance_corrected_percent(
     chosen = {name: {task: scores[task] for task in tasks} for name, scores in (("m", model), ("u", unpruned))}
     draws = bootstrap_averages(chosen, seed)
     value = (average(chosen["m"]) - level) / (average(chosen["u"]) - level)
-    return _estimate(100 * value, 100 * (draws["m"] - level) / (draws["u"] - level))
+    return _estimate(
+        100 * value, 100 * ((draws["m"] - level) / (draws["u"] - level))
+    )  # x / x is 1, 100 * x / x may not
 
 
 def difference(first: Scores, second: Scores, seed: int = 0) -> Estimate:

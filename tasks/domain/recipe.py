@@ -284,6 +284,9 @@ class Evaluate(Settings):
     )
     held_out: HeldOut | None = Field(None, description="Text for perplexity and divergence; empty: not measured.")
     backend: Literal["vllm", "hf"] = "vllm"
+    chat_template: bool = Field(
+        False, description="Ask through the model's chat template, examples as earlier turns; the leaderboard does not."
+    )
     dtype: Dtype = "bfloat16"
     max_length: int = Field(4096, ge=128, description="Context window; longer prompts lose their oldest tokens.")
     max_generated: int = Field(256, ge=1, description="Longest answer of a generative task, in tokens.")

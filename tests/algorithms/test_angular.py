@@ -194,6 +194,20 @@ def test_bootstrap_shares_follow_the_samples() -> None:
     assert sum(share for share in mostly.first_share()[0] if share) == pytest.approx(1)
 
 
+def test_a_bootstrap_that_goes_on_is_that_of_an_undisturbed_pass() -> None:
+    samples = np.random.default_rng(2).random((9, 5, 5))
+    whole, stopped, resumed = (BootstrapRanking(seed=4) for _ in range(3))
+    for number, sample in enumerate(samples):
+        whole.add(sample)
+        if number < 6:
+            stopped.add(sample)
+    resumed.resume(6, stopped.totals)
+    for sample in samples[6:]:
+        resumed.add(sample)
+    assert np.array_equal(resumed.totals, whole.totals) and np.array_equal(resumed.weights, whole.weights)
+    assert resumed.first_share() == whole.first_share()
+
+
 def test_memory_of_scoring_does_not_grow_with_the_samples() -> None:
     def held(samples: int) -> int:
         moments, bootstrap = RunningMoments(), BootstrapRanking(0)

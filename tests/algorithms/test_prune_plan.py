@@ -140,6 +140,11 @@ def test_only_the_number_of_blocks_changes_in_a_plain_config() -> None:
         ("first_k_dense_replace", 0, 0),
         ("first_k_dense_replace", 1, 1),
         ("num_dense_layers", 2, 1),
+        ("moe_layer_end_index", -1, -1),
+        ("moe_layer_end_index", 3, 1),
+        ("moe_layer_end_index", 2, 0),
+        ("moe_layer_end_index", 0, 0),
+        ("scale_depth", 2.0, 2**0.5),
     ],
 )
 def test_what_the_config_says_block_by_block_is_cut_alike(name: str, value: Any, cut: Any) -> None:
@@ -260,6 +265,15 @@ REFUSED = [
     ("sliding_window_pattern", "LLLG"),
     ("no_rope_layer_interval", 4),
     ("full_attention_interval", 2),
+    ("layer_switch", 4),
+    # in no table
+    ("dense_attention_every_n_layers", 2),
+    ("layer_group_size", 4),
+    ("global_layer_pattern", "LLG"),
+    ("shared_kv_layers", [1, 3]),
+    ("memory_layer_ids", {"1": 2}),
+    ("num_layers", 4),
+    ("first_k_linear_replace", 2),
 ]
 
 
@@ -285,6 +299,10 @@ def test_rules_by_block_number_and_foreign_weights_are_refused_by_name(name: str
         {"no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0]},
         {"model_type": "gemma3_text", "sliding_window_pattern": 6},
         {"model_type": "smollm3", "no_rope_layer_interval": 4},
+        {"model_type": "cohere2", "layer_switch": 4, "order_of_interleaved_layers": "local_attn_first"},
+        {"layer_group_size": 1, "global_layer_pattern": "", "shared_kv_layers": [], "layer_scale": True},
+        {"layer_norm_eps": 1e-5, "layer_norm_groups": 8, "rope_local_base_freq": 10000, "num_nextn_predict_layers": 1},
+        {"vision_config": {"num_hidden_layers": 4, "layer_group_size": 2}},
     ],
     ids=repr,
 )  # fmt: skip
@@ -292,6 +310,31 @@ def test_rules_that_are_off_or_spelled_out_a_block_are_no_obstacle(fields: dict[
     config = {"architectures": ["XForCausalLM"], "num_hidden_layers": 4, **fields}
     assert layers_of(config) == 4
     assert pruned_config(config, MIDDLE)["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mimo_v2_flash", "layer_types"),
+        ("cwm", "layer_types"),
+        ("hy_v3", "mlp_layer_types"),
+        ("hy_v4", "indexer_types"),
+    ],
+)
+def test_a_list_that_the_family_makes_by_another_rule_must_be_written_out(family: str, name: str) -> None:
+    config = {"architectures": ["XForCausalLM"], "model_type": family, "num_hidden_layers": 4}
+    spelled = {field: ["a", "b", "c", "d"] for field in ("layer_types", "mlp_layer_types", "indexer_types")}
+    assert pruned_config({**config, **spelled}, MIDDLE)[name] == ["a", "d"]
+    for left_out in ({**config, **spelled, name: None}, {k: v for k, v in (config | spelled).items() if k != name}):
+        for read in (layers_of, lambda config: pruned_config(config, MIDDLE)):
+            with pytest.raises(ModelUnsupported, match=f"config has no {name}, .* save it again"):
+                read(left_out)
+
+
+@pytest.mark.parametrize("family", ["diffllama", "gpt_neox_japanese", "modernbert-decoder"])
+def test_blocks_unlike_each_other_in_what_no_setting_says_are_refused(family: str) -> None:
+    with pytest.raises(ModelUnsupported, match=rf"\({family}\) is not supported: "):
+        layers_of({"architectures": ["XForCausalLM"], "model_type": family, "num_hidden_layers": 4})
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tasks.algorithms.recovery import (
     chance_corrected_percent,
     difference,
     mean_and_error,
+    recovered_by_task,
     recovered_percent,
 )
 
@@ -75,6 +76,14 @@ def test_the_unpruned_model_has_recovered_exactly_all(first: list[int], second: 
     if min(first) == 0:  # a draw of wrong answers alone has no ratio
         scores = {task: values + 0.07 for task, values in scores.items()}
     found = recovered_percent(scores, {task: values.copy() for task, values in scores.items()})
+    assert (found.value, found.low, found.high) == (100.0, 100.0, 100.0)
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_the_unpruned_model_has_recovered_exactly_all_above_chance(seed: int) -> None:
+    scores = random_scores(seed, 0.7)
+    again = {task: values.copy() for task, values in scores.items()}
+    found = chance_corrected_percent(scores, again, dict.fromkeys(scores, 0.25), list(scores), seed)
     assert (found.value, found.low, found.high) == (100.0, 100.0, 100.0)
 
 
@@ -171,6 +180,16 @@ def test_scores_on_other_items_are_never_compared(other: dict[str, Items]) -> No
     for compare in (recovered_percent, difference):
         with pytest.raises(ValueError, match="not scored on the same items"):
             compare(scores, other)
+
+
+def test_each_task_recovers_by_itself() -> None:
+    model, unpruned = random_scores(3, 0.4), random_scores(53, 0.6)
+    found = recovered_by_task(model | {"never": np.zeros(30)}, unpruned | {"never": np.zeros(30)})
+    rarely = recovered_by_task({"a": items(1, 0, 0, 0)}, {"a": items(0, 1, 0, 0)})
+    assert found["never"] is None and rarely == {"a": None}, "a draw with nothing right has no ratio"
+    for task in unpruned:
+        assert found[task] == recovered_percent({task: model[task]}, {task: unpruned[task]})
+        assert found[task] is not None and found[task].low < found[task].value < found[task].high  # type: ignore[union-attr]
 
 
 def test_tasks_at_chance_are_those_whose_interval_reaches_it() -> None:

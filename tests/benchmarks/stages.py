@@ -43,7 +43,7 @@ def score(folder: Path) -> None:
     (folder / "documents.json").write_text(json.dumps(documents))
     request = {
         "checkpoint": str(folder / "model"), "documents": str(folder / "documents.json"), "seed": 0, **SCORED,
-        "metric": "angular", "token": "last", "dtype": "float32",
+        "metric": "angular", "token": "last", "dtype": "float32", "part": str(folder / "sums"), "commit_seconds": 3600,
         "runtime": {"device": "cpu", "batch": SCORED["batch"]},
     }  # fmt: skip
     (folder / "out").mkdir()

@@ -15,10 +15,12 @@ from typing import Any
 import datasets
 import lm_eval
 import pytest
+import yaml
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
-from tasks.domain.leaderboard import BENCHMARKS
+from tasks.domain.leaderboard import BENCHMARKS, LEADERBOARD
 from tasks.engines.children.evaluate import _write_yamls
 from tests.tiny_data import write_data_root
 
@@ -66,6 +68,29 @@ def asked(task: str, settings: dict[str, Any], folder: Path) -> list[tuple[Any, 
         fewshot_random_seed=1234,
     )  # fmt: skip
     return recorder.asked
+
+
+def test_tasks_shots_metrics_and_filters_are_the_leaderboards() -> None:
+    """As the harness's own group says, whose tasks draw their examples from the training split unless it names one."""
+    folder = Path(str(lm_eval.__file__)).parent / "tasks"
+    group = {task["task"]: task for task in yaml.safe_load((folder / "benchmarks/openllm.yaml").read_text())["task"]}
+    names = {name: name.removesuffix("_mc2") for name in LEADERBOARD}  # of TruthfulQA only mc2 counts
+    assert {names[name]: benchmark.shots for name, benchmark in LEADERBOARD.items()} == {
+        name: task["num_fewshot"] for name, task in group.items()
+    }
+    metrics = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "truthfulqa_mc2": "acc", "mmlu": "acc",
+               "winogrande": "acc", "gsm8k": "exact_match"}  # fmt: skip
+    assert {name: benchmark.metric for name, benchmark in LEADERBOARD.items()} == metrics
+    assert {name: benchmark.filter for name, benchmark in LEADERBOARD.items()} == {
+        **dict.fromkeys(metrics, "none"), "gsm8k": "strict-match",
+    }  # fmt: skip
+    for name, benchmark in LEADERBOARD.items():
+        config = load_yaml(min(folder.glob(benchmark.upstream)), resolve_func=False)
+        assert (config.get("test_split") or config.get("validation_split")) == [*benchmark.files][-1]
+        assert benchmark.metric in [metric["metric"] for metric in config["metric_list"]]
+        assert benchmark.filter in [step["name"] for step in config.get("filter_list", [{"name": "none"}])]
+        wanted = group[names[name]].get("fewshot_split")
+        assert wanted is None or (config.get("fewshot_split") or config["training_split"]) == wanted
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)

@@ -247,7 +247,8 @@ def score_request(checkpoint: Path, folder: Path, documents: list[str], **fields
     path = folder / "documents.json"
     path.write_text(json.dumps(documents))
     return {"checkpoint": str(checkpoint), "documents": str(path), "samples": len(documents), "length": 48,
-            "metric": "angular", "token": "last", "dtype": "float32", "seed": 0, **fields}  # fmt: skip
+            "metric": "angular", "token": "last", "dtype": "float32", "seed": 0, "part": str(folder / "sums"),
+            "commit_seconds": END_OF_TIMES, **fields}  # fmt: skip
 
 
 def states_by_hand(model: Any, ids: list[int]) -> list[torch.Tensor]:

@@ -48,7 +48,8 @@ def request_of(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     root = str(write_data_root(tmp_path_factory.mktemp("root"), items=12))
     return {
         "checkpoint": str(pico),
-        "backend": "vllm", "dtype": "float32", "max_length": 1024, "max_generated": 8, "seed": 0,
+        "backend": "vllm", "chat_template": False, "dtype": "float32", "seed": 0,
+        "max_length": 1024, "max_generated": 8,
         "tasks": {name: {"shots": count, "limit": 6, "data_root": root} for name, count in shots.items()},
     }  # fmt: skip
 

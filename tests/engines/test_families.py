@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import weakref
@@ -18,15 +19,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tasks.algorithms.prune_plan import layers_of, pruned_config
+from tasks.algorithms.prune_plan import NUMBERED, PER_LAYER, layers_of, pruned_config
 from tasks.domain.errors import GateError, ModelUnsupported
 from tasks.domain.recipe import Runtime
 from tasks.domain.span import Span
 from tasks.engines.child import run_child
 from tasks.engines.children.score import score
 from tasks.engines.children.verify import check_served, verify
-from tasks.prune import cut, ranked_spans
+from tasks.prune import cut, ranked_spans, refuse_what_cannot_be_cut
 from tests.conftest import build_tokenizer, pocket_pairs
 
 LAYERS = 7
@@ -52,6 +54,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
         "first_k_dense_replace": 3,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 24,
+        "moe_layer_start_index": 2,
+        "moe_layer_end_index": 5,
+    },
+    "minicpm3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
     },
 }
 LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "num_attention_heads_per_layer", "mlp_only_layers")
@@ -107,6 +124,7 @@ def test_a_family_goes_through_the_whole_method(
     score({
         "checkpoint": str(original), "documents": str(documents), "samples": 4, "length": 32, "seed": 0,
         "metric": "angular", "token": "last", "dtype": "float32", "runtime": RUNTIME.model_dump(),
+        "part": str(tmp_path / "sums"), "commit_seconds": 3600,
     }, scores, quiet)  # fmt: skip
     samples = [json.loads(line) for line in (scores / "tokens.jsonl").read_text().splitlines()]
     assert len(samples) == 4
@@ -200,9 +218,50 @@ def test_a_config_is_read_back_with_the_kept_entries(family: str, left_out: tupl
         assert getattr(read, name, None) == kept_entries(whole, name, span), name
 
 
+@pytest.mark.parametrize("family", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_every_family_of_transformers_is_cut_by_known_rules_or_refused_by_name(family: str, tmp_path: Path) -> None:
+    """As transformers writes its config, and without any one list or all of them, as on the hub."""
+    if family in ("musicgen", "musicgen_melody"):  # have no default config
+        return
+    whole = AutoConfig.for_model(family)
+    written = json.loads(whole.to_json_string(use_diff=False)) | {"architectures": ["XForCausalLM"]}
+    if message := refusal_to_plan(written):
+        assert re.search(r"the model \([\w-]+\) |the model's config has (no )?\w+", message)
+        return
+    text, body = whole.get_text_config(), written.get("text_config") or written
+    lists = [name for name in (*PER_LAYER, *NUMBERED) if isinstance(getattr(text, name, None), list | tuple)]
+    cuts = set()
+    for left_out in {(), *((name,) for name in lists), tuple(lists)}:
+        part = {name: value for name, value in body.items() if name not in left_out}
+        for span in (Span(0, 1, text.num_hidden_layers), Span(1, 2, text.num_hidden_layers)):
+            try:
+                cut_config = pruned_config(part if body is written else {**written, "text_config": part}, span)
+            except ModelUnsupported:
+                continue
+            cuts.add(left_out)
+            (tmp_path / "config.json").write_text(json.dumps(cut_config))
+            read = AutoConfig.from_pretrained(tmp_path).get_text_config()
+            assert read.num_hidden_layers == len(span.kept)
+            for name in lists:
+                assert _listed(getattr(read, name)) == _listed(kept_entries(text, name, span)), (name, left_out, span)
+    assert () in cuts
+
+
+def refusal_to_plan(config: dict[str, Any]) -> str:
+    try:
+        layers_of(config)
+    except ModelUnsupported as error:
+        return str(error)
+    return ""
+
+
+def _listed(entries: Any) -> list[Any]:
+    return [*(entries or ())]
+
+
 def kept_entries(whole: Any, name: str, span: Span) -> list[Any] | None:
     entries = getattr(whole, name, None)
-    if entries and name == "mlp_only_layers":
+    if entries and name in NUMBERED:
         return [span.kept.index(block) for block in entries if block in span.kept]
     return entries and [entries[block] for block in span.kept]
 
@@ -234,6 +293,33 @@ def test_a_family_that_no_cut_can_follow_is_refused(family: str, settings: dict[
     config = json.loads(AutoConfig.for_model(family, **settings).to_json_string())
     with pytest.raises(ModelUnsupported, match=said):
         layers_of({**config, "architectures": ["XForCausalLM"]})
+
+
+def test_tensors_that_no_cut_could_number_are_refused_before_the_scoring(untied: Path, tmp_path: Path) -> None:
+    """A block behind the last one, as checkpoints with a head for the tokens after the next have."""
+    refuse_what_cannot_be_cut(untied)
+    shutil.copytree(untied, tmp_path, dirs_exist_ok=True)
+    further = {f"model.layers.{LAYERS}.norm.weight": torch.zeros(3)}
+    save_file(load_file(untied / "model.safetensors") | further, tmp_path / "model.safetensors")
+    with pytest.raises(ModelUnsupported, match=f"model.layers with {LAYERS + 1}"):
+        refuse_what_cannot_be_cut(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_refused_by_name_and_never_run(untied: Path, tmp_path: Path) -> None:
+    """Neither by the plan nor by a child that is given such a folder all the same."""
+    shutil.copytree(untied, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "custom", "auto_map": code}))
+    (tmp_path / "custom.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    with pytest.raises(ModelUnsupported, match="auto_map: remote code"):
+        refuse_what_cannot_be_cut(tmp_path)
+    (tmp_path / "documents.json").write_text(json.dumps(["A calibration text, long enough. " * 8]))
+    request = {"checkpoint": str(tmp_path), "documents": str(tmp_path / "documents.json"), "samples": 1, "length": 32,
+               "part": str(tmp_path / "sums"), "runtime": RUNTIME.model_dump(), "dtype": "float32"}  # fmt: skip
+    with pytest.raises(ValueError, match="custom code"):
+        score(request, tmp_path, quiet)
+    assert not (tmp_path / "ran").exists()
 
 
 # --- what the gate finds ----------------------------------------------------------------------------------

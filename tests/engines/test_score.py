@@ -46,6 +46,21 @@ def test_the_mean_over_tokens_takes_every_real_token_and_no_padding(pico: Path, 
     assert found["distances"]["mean"][3 - 1][1] == pytest.approx(np.mean(each), abs=1e-5)
 
 
+@torch.inference_mode()
+def test_angles_are_exact_though_the_model_runs_in_bfloat16(pico: Path, tmp_path: Path) -> None:
+    """Near blocks differ by less than bfloat16 resolves in a cosine: 1 - cos of the pico's neighbours is about 1e-3."""
+    found = scored(pico, tmp_path, [pair["answer"] for pair in pocket_pairs()[:4]], dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.bfloat16).eval()
+    model.model.norm = torch.nn.Identity()
+    each = []
+    for sample in found["tokens"]:
+        states = model(torch.tensor([sample]), output_hidden_states=True).hidden_states
+        assert states[2].dtype == torch.bfloat16
+        one, other = states[2][0, -1].double(), states[3][0, -1].double()
+        each.append(float(torch.arccos(one @ other / (one.norm() * other.norm()))) / torch.pi)
+    assert found["distances"]["mean"][0][2] == pytest.approx(np.mean(each), rel=0.02)
+
+
 def test_samples_that_end_alike_are_warned_about(pico: Path, tmp_path: Path) -> None:
     texts = [pair["answer"] for pair in pocket_pairs()[:20]]
     (tmp_path / "plain").mkdir()

@@ -68,7 +68,19 @@ def test_report_follows_the_contract(first: dict[str, Any]) -> None:
         assert model["interval"][0] <= model["recovered_percent"] <= model["interval"][1]
         assert model["perplexity"] > 1 and model["own_logprob"] < 0 and 0 <= model["lambada"] <= 1
         assert (model["kl_to_unpruned"] > 0) == (model["role"] != "unpruned")
-    assert first["models"][0]["recovered_percent"] == 100
+    unpruned, _, sft, sdd = first["models"]
+    assert (unpruned["recovered_percent"], unpruned["interval"]) == (100, [100, 100])
+    difference = first["difference"]
+    assert difference["value"] == pytest.approx(sdd["average"] - sft["average"])
+    assert difference["interval"][0] <= difference["value"] <= difference["interval"][1]
+    assert "at 95 %" in difference["statement"]
+    for task, found in sdd["recovered_by_task"].items():
+        if found:
+            ratio = sdd["scores"][task]["value"] / unpruned["scores"][task]["value"]
+            assert found["percent"] == pytest.approx(100 * ratio)
+            assert found["interval"][0] <= found["percent"] <= found["interval"][1]
+    assert sdd["recovered_by_task"].keys() == sdd["scores"].keys()
+    assert all(first["training"][arm]["trained_tokens"] > first["training"][arm]["steps"] > 0 for arm in ("sft", "sdd"))
     assert len(first["stages"]) == STAGES
     assert {stage["cache"] for stage in first["stages"]} == {"miss"}
 

@@ -12,9 +12,9 @@ from prefect import flow
 
 from flows.plan import build_plan
 from tasks.domain.errors import ConfigError, DataError
-from tasks.domain.recipe import Preset, load_preset
+from tasks.domain.recipe import Preset, Rows, load_preset
 from tasks.materialise import Ref, folder_of
-from tasks.rows import load_rows
+from tasks.rows import draw, load_rows
 from tasks.store.artifacts import ArtifactStore
 from tests.conftest import write_jsonl
 from tests.tiny_data import write_data_root, write_preset
@@ -86,6 +86,19 @@ def test_nothing_left_is_an_error(preset_with: Any, tmp_path: Path) -> None:
         loading(preset_with({"kind": "custom", "path": str(table), "instruction": "q", "answer": "a"}))
     store = ArtifactStore.from_environment()
     assert not store.fs.glob(f"{store.root}/rows/*/manifest.json")
+
+
+def test_an_instruction_is_asked_with_its_context_below(tmp_path: Path) -> None:
+    """As Dolly's and Alpaca's rows, of which most have none."""
+    rows: list[dict[str, Any]] = [{"instruction": "Sum up.", "input": " A text. ", "output": "So."},
+            {"instruction": "Hello?", "input": None, "output": "Hi."}]  # fmt: skip
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    drawn = draw(Rows(name="mine", kind="instruction", path=path, context="input", answer="output"), 0)
+    found = {row["id"]: (row["prompt"], row["reference"]) for row in drawn}
+    assert found == {
+        "mine-000000": ([{"role": "user", "content": "Sum up.\n\nA text."}], "So."),
+        "mine-000001": ([{"role": "user", "content": "Hello?"}], "Hi."),
+    }
 
 
 def test_a_custom_dataset_names_its_columns(preset_with: Any) -> None:

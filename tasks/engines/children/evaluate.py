@@ -13,13 +13,14 @@ import yaml
 from tasks.domain.errors import DataError
 from tasks.domain.leaderboard import BENCHMARKS, Benchmark
 from tasks.engines.children.border import Report, device_of, serve, vllm_options
+from tasks.engines.children.chat import ChatPrompts
 
 PREFIX = "sdd_"
 KEPT_RESULTS = ("results", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 def evaluate(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, backend, the recipe, and tasks: {name: {shots, limit, data_root, revision}}.
+    """request: checkpoint, backend, chat_template, the recipe, and tasks: {name: {shots, limit, data_root, revision}}.
 
     data_root: where the task's items lie; null for the hub, at that revision.
     """
@@ -42,22 +43,28 @@ def evaluate(request: dict[str, Any], out: Path, report: Report) -> None:
                 limit=settings["limit"], log_samples=True, bootstrap_iters=0, random_seed=request["seed"],
                 numpy_random_seed=request["seed"], torch_random_seed=request["seed"], fewshot_random_seed=1234,
                 gen_kwargs={"max_gen_toks": request["max_generated"]} if BENCHMARKS[task].generative else None,
+                apply_chat_template=request["chat_template"], fewshot_as_multiturn=request["chat_template"],
             )  # fmt: skip
             _write(task, scored, out / task)
             report((number + 1) / len(names), f"{task} finished")
 
 
 def _model(request: dict[str, Any]) -> Any:
+    backend: Any
     if request["backend"] == "vllm":
         from tasks.engines.children.prefix_cache import PrefixCachedVLLM
 
-        return PrefixCachedVLLM(pretrained=request["checkpoint"], batch_size="auto", **vllm_options(request))
-    from lm_eval.models.huggingface import HFLM
+        backend, options = PrefixCachedVLLM, {"batch_size": "auto", **vllm_options(request)}
+    else:
+        from lm_eval.models.huggingface import HFLM
 
-    return HFLM(
-        pretrained=request["checkpoint"], dtype=request["dtype"], device=device_of(request["runtime"]),
-        batch_size=request["runtime"]["batch"], max_length=request["max_length"],
-    )  # fmt: skip
+        backend, options = HFLM, {
+            "dtype": request["dtype"], "device": device_of(request["runtime"]), "max_length": request["max_length"],
+            "batch_size": request["runtime"]["batch"],
+        }  # fmt: skip
+    if request["chat_template"]:
+        backend = type("Chat", (ChatPrompts, backend), {})
+    return backend(pretrained=request["checkpoint"], **options)
 
 
 def _name_cpu_build() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.algorithms.angular import BootstrapRanking, RunningMoments, by_span, pair_distances, ranking
@@ -21,30 +24,37 @@ MOST_SAME_ENDS = 0.5
 
 
 def score(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, documents (file of texts or conversations), samples, length, seed, metric, token, dtype."""
+    """request: checkpoint, documents (file of texts or conversations), samples, length, seed, metric, token, dtype,
+    part (file of the running sums, from which a pass goes on), commit_seconds (from one writing of it to the next).
+    """
     device = device_of(request["runtime"])
     tokenizer = AutoTokenizer.from_pretrained(request["checkpoint"])
     samples = _samples(request, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(request["checkpoint"], dtype=getattr(torch, request["dtype"]))
     model = model.to(device).eval()
     blocks = decoder_blocks(model, model.config.get_text_config().num_hidden_layers)
-    moments, bootstrap = RunningMoments(), BootstrapRanking(request["seed"])
+    part = Path(request["part"])
+    moments, bootstrap = _running_sums(part, request["seed"])
     batch, every_token = request["runtime"]["batch"], request["token"] == "mean"
+    committed = time.monotonic()
     with torch.inference_mode(), recorded_states(blocks) as states:
-        for first in range(0, len(samples), batch):
-            part = samples[first : first + batch]
-            longest = max(map(len, part))
-            ids = torch.tensor([sample + [0] * (longest - len(sample)) for sample in part], device=device)
-            mask = torch.tensor([[1] * len(sample) + [0] * (longest - len(sample)) for sample in part], device=device)
+        for first in range(moments.count, len(samples), batch):
+            some = samples[first : first + batch]
+            longest = max(map(len, some))
+            ids = torch.tensor([sample + [0] * (longest - len(sample)) for sample in some], device=device)
+            mask = torch.tensor([[1] * len(sample) + [0] * (longest - len(sample)) for sample in some], device=device)
             model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-            for row, sample in enumerate(part):
+            for row, sample in enumerate(some):
                 tokens = slice(0 if every_token else len(sample) - 1, len(sample))
                 own = torch.stack([state[row, tokens] for state in states], dim=1)
                 distances = pair_distances(own.float().cpu().numpy(), request["metric"])
                 moments.add(distances)
                 bootstrap.add(distances)
             states.clear()
-            report((first + len(part)) / len(samples), f"{first + len(part)} of {len(samples)} samples")
+            if time.monotonic() - committed > request["commit_seconds"]:
+                _commit(part, moments, bootstrap)
+                committed = time.monotonic()
+            report(moments.count / len(samples), f"{moments.count} of {len(samples)} samples")
 
     mean, std = by_span(moments.mean), by_span(moments.std())
     measured = {"metric": request["metric"], "token": request["token"], "samples": len(samples)}
@@ -56,6 +66,26 @@ def score(request: dict[str, Any], out: Path, report: Report) -> None:
     (out / "ranking.json").write_text(json.dumps(ranked))
     with (out / "tokens.jsonl").open("w") as file:
         file.writelines(json.dumps(sample) + "\n" for sample in samples)
+
+
+def _running_sums(part: Path, seed: int) -> tuple[RunningMoments, BootstrapRanking]:
+    """Those that an interrupted pass committed, or empty ones."""
+    bootstrap = BootstrapRanking(seed)
+    if not part.exists():
+        return RunningMoments(), bootstrap
+    with safe_open(part, "np") as file:
+        count = int(file.metadata()["count"])
+        mean, squares, totals = (file.get_tensor(name) for name in ("mean", "squares", "totals"))
+    bootstrap.resume(count, totals)
+    return RunningMoments(count, mean, squares), bootstrap
+
+
+def _commit(part: Path, moments: RunningMoments, bootstrap: BootstrapRanking) -> None:
+    """The sums over the samples so far, in a file that appears whole."""
+    unfinished = part.with_name(f".{part.name}")
+    sums = {"mean": moments.mean, "squares": moments.squares, "totals": bootstrap.totals}
+    save_file(sums, unfinished, {"count": str(moments.count)})
+    unfinished.rename(part)
 
 
 def _samples(request: dict[str, Any], tokenizer: Any) -> list[list[int]]:
