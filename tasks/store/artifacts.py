@@ -496,7 +496,8 @@ def _explained(error: Exception, root: str) -> PipelineError:
     ):
         return ConfigError(
             f"{endpoint} refuses the credentials for SDD_STORE={root}; "
-            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they may read there and, to run a stage, write"
+            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they may read there and, to run a stage, "
+            "write; renew them if they have expired"
         )
     if kind in (
         "EndpointConnectionError",

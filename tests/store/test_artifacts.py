@@ -18,7 +18,7 @@ import pytest
 from fsspec import get_filesystem_class
 
 from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
-from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Manifest, Quarantined
+from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Manifest, Quarantined, Transfer
 from tasks.store.conditional import create
 from tasks.store.mirror import sha256_of
 from tests.store.conftest import FILES, contents, objects, produced, stage
@@ -125,6 +125,15 @@ def test_an_upload_that_breaks_off_leaves_no_artifact(
     shutil.rmtree(store.mirror)
     assert contents(store.fetch(published)) == other
     assert objects(store) == {f"{stage().address}/rows.jsonl", f"{stage().address}/{MANIFEST}"}
+
+
+def test_a_transfer_counts_the_bytes_of_all_files(store: ArtifactStore, tmp_path: Path) -> None:
+    up, down = Transfer(), Transfer()
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0, moved=up)
+    ArtifactStore(store.root, tmp_path / "reader").fetch(published, down)
+    assert up.size == down.size == published.bytes
+    linked = store.root.startswith("file://")
+    assert up.value == down.value == (0 if linked else published.bytes)
 
 
 def test_the_manifest_is_written_after_every_file(

