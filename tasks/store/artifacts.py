@@ -3,6 +3,7 @@
     <root>/<stage>/<slug>-<key12>/manifest.json      no manifest, no artifact
     <root>/<stage>/<slug>-<key12>/lease.json         somebody is making it
     <root>/quarantine/<stage>/<slug>-<key12>-<time>/ what did not match its manifest, for inspection
+    <root>/newest/<stage>                            address of the one published last, for a plan to compare with
     <root>/reports/<run id>/                         a copy of each run's report
 
 The root is any fsspec URL that keeps `If-None-Match` semantics for exclusive writes:
@@ -44,6 +45,7 @@ MANIFEST = "manifest.json"
 LEASE = "lease.json"
 QUARANTINE = "quarantine"
 REPORTS = "reports"
+NEWEST = "newest"
 PATIENCE_SECONDS = 300.0  # how long finished work waits for a store that is away, before it is lost
 LONGEST_PAUSE = 15.0  # seconds between two tries
 LATE_WRITES = 10  # rounds of an upload in which others, whose lease ran out, may still write between
@@ -246,6 +248,8 @@ class ArtifactStore:
             if lease:
                 lease.release()
         self._newest.pop(stage.name, None)
+        with suppress(Exception):  # only a plan's reasons get slower without it
+            self.fs.pipe_file(f"{self.root}/{NEWEST}/{stage.name}", stage.address.encode())
         self._keep(folder, manifest)
         return manifest
 
@@ -299,16 +303,24 @@ class ArtifactStore:
         The newest one of a name is looked up once for all the stages of a plan.
         """
         if stage.name not in self._newest:
-            written = {
-                path.removesuffix(f"/{MANIFEST}"): str(info.get("LastModified", info.get("mtime")))
-                for path, info in self.objects(stage.name).items()  # flat: a glob lists folder by folder
-                if path.count("/") == 1 and path.endswith(f"/{MANIFEST}")
-            }
-            if not written:
+            manifest = self._published_last(stage.name)
+            if manifest is None:
                 return None
-            newest = max(written, key=written.__getitem__)
-            self._newest[stage.name] = self.manifest_at(f"{self.root}/{stage.name}/{newest}")
+            self._newest[stage.name] = manifest
         return changed_fields(self._newest[stage.name].identity, stage.identity())
+
+    def _published_last(self, name: str) -> Manifest | None:
+        """Of a stage's artifacts; listing them all takes seconds where there are thousands, and needs no note."""
+        with suppress(FileNotFoundError, ArtifactError), self.translated():
+            address = self.fs.cat_file(f"{self.root}/{NEWEST}/{name}").decode(errors="replace")
+            if address.startswith(f"{name}/") and (manifest := self._manifest(address)):
+                return manifest
+        written = {
+            path.removesuffix(f"/{MANIFEST}"): str(info.get("LastModified", info.get("mtime")))
+            for path, info in self.objects(name).items()  # flat: a glob lists folder by folder
+            if path.count("/") == 1 and path.endswith(f"/{MANIFEST}")
+        }
+        return self.manifest_at(f"{self.root}/{name}/{max(written, key=written.__getitem__)}") if written else None
 
     def upload_report(self, folder: Path, run_id: str) -> str:
         """Copy a run's report beside the artifacts; return its URI."""
