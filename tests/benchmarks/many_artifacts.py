@@ -28,10 +28,11 @@ RESULT = Path(__file__).parent / "results" / "many_artifacts.json"
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sdd-bench-") as folder:
+        from tests.conftest import build_pico  # clears the settings from outside
+        from tests.tiny_data import write_data_root, write_preset
+
         os.environ["SDD_STATE"] = os.environ["SDD_MIRROR"] = folder
         from deployments.local import environment
-        from tests.conftest import build_pico
-        from tests.tiny_data import write_data_root, write_preset
 
         os.environ["SDD_DATA_ROOT"] = str(write_data_root(Path(folder, "data")))
         preset = str(write_preset(Path(folder, "pico.yaml"), build_pico(Path(folder, "pico"))))

@@ -1,26 +1,20 @@
-"""Whole runs killed with -9 while a stage is being made, and runs at the same time: no work is done twice.
-
-Comes after test_recover, whose artifacts the undisturbed run here has in common with it.
-"""
+"""Whole runs killed with -9 while rows are being generated, and runs at the same time: no work is done twice."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
-import yaml
 
 from flows.plan import build_plan
 from tasks.domain.recipe import load_preset
-from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore
+from tasks.store.artifacts import LEASE, ArtifactStore
 from tests.conftest import ROOT
 from tests.tiny_data import write_data_root, write_preset
 
@@ -54,28 +48,6 @@ def generate():
     rows = load_rows(plan.rows, preset.dataset, None)
     tasks.distil.distil(plan.distilled, model, rows, preset.distil, preset.runtime)
 generate()
-"""
-
-# The flow's own command. KILLED_IN: dies at the first sign of progress in a stage, or before its first upload.
-RECOVER = """
-import os, signal, sys
-import tasks.materialise, tasks.policies, tasks.store.lease
-from tasks.store.artifacts import ArtifactStore
-tasks.store.lease.LEASE_SECONDS = 5.0
-tasks.policies.ENGINE_SLOTS += f"-{os.getpid()}"
-def die(stage):
-    if stage == os.environ.get("KILLED_IN"):
-        os.kill(os.getpid(), signal.SIGKILL)
-show, put = tasks.materialise.progress_artifact, ArtifactStore._put
-def progress_artifact(stage):
-    progress = show(stage)
-    return lambda done, text: (die(stage.name), progress(done, text))
-def put_or_die(self, source, path, *rest):
-    die(path.removeprefix(f"{self.root}/").split("/")[0])
-    return put(self, source, path, *rest)
-tasks.materialise.progress_artifact, ArtifactStore._put = progress_artifact, put_or_die
-from flows.recover import main
-sys.exit(main())
 """
 
 
@@ -153,49 +125,3 @@ def test_a_run_killed_during_generation_repeats_only_what_it_had_not_committed(
     after = start(GENERATE, generation, *sized(4 * SHARD), SDD_STORE=root, SDD_MIRROR=str(data / "after"))
     assert rows_generated(end(after)) == 3 * SHARD
     assert dataset(generation, 4 * SHARD, root, data / "reader") == together[1]
-
-
-@pytest.fixture(scope="module")
-def preset(data: Path, pico: Path) -> str:
-    """One task of each model is enough to have every kind of stage."""
-    path = write_preset(data / "pico.yaml", pico)
-    settings = yaml.safe_load(path.read_text())
-    settings["evaluate"]["tasks"] = {"arc_challenge": settings["evaluate"]["tasks"]["arc_challenge"]}
-    del settings["evaluate"]["held_out"]
-    path.write_text(yaml.safe_dump(settings))
-    return str(path)
-
-
-def report_of(output: str) -> dict[str, Any]:
-    folder = output.strip().splitlines()[-1].removeprefix("report: ")
-    return dict(json.loads(Path(folder, "report.json").read_text()))
-
-
-def test_a_run_killed_in_one_stage_after_another_ends_with_the_report_of_an_undisturbed_one(
-    preset: str, data: Path
-) -> None:
-    """Each run goes on where the one before it was killed, and only the last one is left in peace."""
-    undisturbed = report_of(end(start(RECOVER, preset)))
-    variables = {"SDD_STORE": f"s3://sdd/{uuid4().hex}", "SDD_MIRROR": str(data / "killed-mirror")}
-    store, finished = ArtifactStore(variables["SDD_STORE"], data / "looker"), set[str]()
-    for kind in ("model", "rows", "score", "prune", "distil", "finetune", "merge", "evaluate"):
-        end(start(RECOVER, preset, KILLED_IN=kind, **variables), -signal.SIGKILL)
-        before, finished = finished, {name for name in store.objects() if name.endswith(f"/{MANIFEST}")}
-        assert before <= finished and not any(name.startswith(f"{kind}/") for name in finished - before)
-    report = report_of(end(start(RECOVER, preset, **variables)))
-    for field in ("model", "span", "pruned", "dataset", "models"):
-        assert _without_uris(report[field]) == _without_uris(undisturbed[field]), field
-    stages = {stage["name"]: stage for stage in report["stages"]}
-    assert {name: stage["key"] for name, stage in stages.items()} == {
-        stage["name"]: stage["key"] for stage in undisturbed["stages"]
-    }
-    addresses = {stage["uri"].removeprefix(f"{store.root}/"): stage["cache"] for stage in stages.values()}
-    assert {address for address, cache in addresses.items() if cache == "hit"} == {
-        path.removesuffix(f"/{MANIFEST}") for path in finished
-    }
-
-
-def _without_uris(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_uris(inner) for name, inner in value.items() if name != "artifact"}
-    return [_without_uris(inner) for inner in value] if isinstance(value, list) else value
