@@ -313,7 +313,8 @@ class ArtifactStore:
         """Of a stage's artifacts; listing them all takes seconds where there are thousands, and needs no note."""
         with suppress(FileNotFoundError, ArtifactError), self.translated():
             address = self.fs.cat_file(f"{self.root}/{NEWEST}/{name}").decode(errors="replace")
-            if address.startswith(f"{name}/") and (manifest := self._manifest(address)):
+            known = address.startswith(f"{name}/") and _is_inside(address)
+            if known and (manifest := self._manifest(address)):
                 return manifest
         written = {
             path.removesuffix(f"/{MANIFEST}"): str(info.get("LastModified", info.get("mtime")))
