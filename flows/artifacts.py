@@ -29,6 +29,7 @@ from tasks.store.housekeeping import (
     faults,
     listing,
     manifests,
+    manifests_of,
     mirror_faults,
     nearest,
     remove,
@@ -38,9 +39,8 @@ from tasks.store.housekeeping import (
 
 
 def print_list(store: ArtifactStore, stage: str | None) -> int:
-    entries = [entry for entry in listing(store).values() if entry.is_artifact]
-    entries = [entry for entry in entries if stage is None or entry.address.startswith(f"{stage}/")]
-    for address, manifest in manifests(store, [entry.address for entry in entries]).items():
+    entries = [entry for entry in listing(store, stage or "").values() if entry.is_artifact]
+    for address, manifest in manifests(store, [entry.address for entry in entries]):
         print(f"{address:64} {manifest}" if isinstance(manifest, ArtifactError) else _line(manifest))
     print(f"{len(entries)} artifacts, {_size(sum(entry.bytes for entry in entries))}")
     return 0
@@ -60,9 +60,10 @@ def explain(store: ArtifactStore, preset: str, overrides: tuple[str, ...], name:
     stages = dict(build_plan(load_preset(preset, overrides)).stages())
     if name is not None and name not in stages:
         raise ConfigError(f"{name}: no stage of this preset; there are {', '.join(stages)}")
+    known: dict[str, list[Manifest]] = {}
     for title, stage in stages.items():
         if name in (None, title):
-            print("\n".join([f"{title}: {reason}" for reason in _reasons(store, stage)]))
+            print("\n".join([f"{title}: {reason}" for reason in _reasons(store, stage, known)]))
     return 0
 
 
@@ -73,7 +74,7 @@ def verify(store: ArtifactStore, name: str | None, *, quarantine: bool) -> int:
     else:
         addresses = [entry.address for entry in listing(store).values() if entry.is_artifact]
     bad = 0
-    for address, manifest in manifests(store, addresses).items():
+    for address, manifest in manifests(store, addresses):
         if isinstance(manifest, Manifest):
             found, judged = [*faults(store, manifest)], manifest
             copies = [*mirror_faults(store, manifest)]
@@ -117,18 +118,20 @@ def _entry(store: ArtifactStore, name: str) -> Listed:
     return found[0]
 
 
-def _reasons(store: ArtifactStore, stage: Stage) -> list[str]:
-    """Why a stage is a miss; where an input changed, that one's own reasons."""
+def _reasons(store: ArtifactStore, stage: Stage, known: dict[str, list[Manifest]]) -> list[str]:
+    """Why a stage is a miss; where an input changed, that one's own reasons. known: manifests read before, by stage."""
     if store.find(stage):
         return [f"hit, {stage.address}"]
-    found = nearest(store, stage)
+    if stage.name not in known:
+        known[stage.name] = manifests_of(store, stage.name)
+    found = nearest(known[stage.name], stage)
     if found is None:
         return ["miss, the first of its kind"]
     manifest, changes = found
     reasons = [f"miss, nearest {manifest.address}: {change}" for change in changes]
     for role, parent in stage.inputs.items():
         if any(change.startswith(f"inputs.{role}:") for change in changes):
-            reasons += [f"{role}: {reason}" for reason in _reasons(store, parent)]
+            reasons += [f"{role}: {reason}" for reason in _reasons(store, parent, known)]
     return reasons
 
 

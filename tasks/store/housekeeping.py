@@ -46,11 +46,14 @@ class Listed:
         return self.address[-KEY_LENGTH:]
 
 
-def listing(store: ArtifactStore) -> dict[str, Listed]:
-    """Everything at an artifact's address, by address: artifacts, and uploads that are under way or broke off."""
+def listing(store: ArtifactStore, only: str = "") -> dict[str, Listed]:
+    """Everything at an artifact's address, by address: artifacts, and uploads that are under way or broke off.
+
+    only: of one stage.
+    """
     found: dict[str, Listed] = {}
-    for path, info in store.objects().items():
-        stage, _, rest = path.partition("/")
+    for path, info in store.objects(only).items():
+        stage, _, rest = (f"{only}/{path}" if only else path).partition("/")
         slug, _, name = rest.partition("/")
         if name and ENTRY.fullmatch(slug) and stage not in (QUARANTINE, REPORTS):
             entry = found.setdefault(f"{stage}/{slug}", Listed(f"{stage}/{slug}"))
@@ -59,8 +62,8 @@ def listing(store: ArtifactStore) -> dict[str, Listed]:
     return dict(sorted(found.items()))
 
 
-def manifests(store: ArtifactStore, addresses: Sequence[str]) -> dict[str, Manifest | ArtifactError]:
-    """The manifests at these addresses; the error where one cannot be read."""
+def manifests(store: ArtifactStore, addresses: Sequence[str]) -> Iterator[tuple[str, Manifest | ArtifactError]]:
+    """The manifests at these addresses, as they arrive; the error where one cannot be read."""
 
     def read(address: str) -> Manifest | ArtifactError:
         try:
@@ -69,7 +72,7 @@ def manifests(store: ArtifactStore, addresses: Sequence[str]) -> dict[str, Manif
             return error
 
     with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(addresses, pool.map(read, addresses), strict=True))
+        yield from zip(addresses, pool.map(read, addresses), strict=True)
 
 
 def ancestry(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[int, str, Manifest | str]]:
@@ -89,15 +92,16 @@ def ancestry(store: ArtifactStore, manifest: Manifest) -> Iterator[tuple[int, st
     return walk(manifest, 1)
 
 
-def nearest(store: ArtifactStore, stage: Stage) -> tuple[Manifest, list[str]] | None:
-    """The artifact of the same stage name that differs in the fewest fields (the newest of those), and the fields."""
-    addresses = [a for a, e in listing(store).items() if e.is_artifact and a.startswith(f"{stage.name}/")]
-    found = [
-        (manifest, changed_fields(manifest.identity, stage.identity()))
-        for manifest in manifests(store, addresses).values()
-        if isinstance(manifest, Manifest)
-    ]
-    found.sort(key=lambda pair: pair[0].created, reverse=True)
+def manifests_of(store: ArtifactStore, stage: str) -> list[Manifest]:
+    """Those of all artifacts of a stage that can be read, the newest first."""
+    addresses = [address for address, entry in listing(store, stage).items() if entry.is_artifact]
+    found = [manifest for _, manifest in manifests(store, addresses) if isinstance(manifest, Manifest)]
+    return sorted(found, key=lambda manifest: manifest.created, reverse=True)
+
+
+def nearest(candidates: Sequence[Manifest], stage: Stage) -> tuple[Manifest, list[str]] | None:
+    """The first of those that differ from `stage` in the fewest fields, and the fields."""
+    found = [(manifest, changed_fields(manifest.identity, stage.identity())) for manifest in candidates]
     return min(found, key=lambda pair: len(pair[1]), default=None)
 
 
@@ -129,7 +133,7 @@ def unneeded(store: ArtifactStore, newest: int, runs: Sequence[str], age: float)
     Raises ConfigError when a report of `runs` is not there, ArtifactError when one cannot be read.
     """
     keep, entries, now = _reported(store, newest, runs), listing(store), _now(store)
-    found = manifests(store, [address for address, entry in entries.items() if entry.is_artifact])
+    found = dict(manifests(store, [address for address, entry in entries.items() if entry.is_artifact]))
     inputs = {m.key: m.identity["inputs"].values() for m in found.values() if isinstance(m, Manifest)}
     queue = deque(keep)
     while queue:

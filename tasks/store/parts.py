@@ -1,17 +1,21 @@
 """Pieces of unfinished stages that are finished in themselves: shards of rows, the last training checkpoint.
 
-    <root>/parts/<stage>/<name>
+    <root>/parts/<stage>/<name>/<sha256>      a piece; one whose bytes are not those of its name is none
+    <root>/parts/<stage>/<name>/lease.json    somebody is making this piece and those that it needs after it
 
 A name says what the piece was made from, so a run on any machine may go on from where another was ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from tasks.store.artifacts import ArtifactStore
+from tasks.store.artifacts import LEASE, ArtifactStore
+from tasks.store.conditional import link
+from tasks.store.mirror import sha256_of
 
 PARTS = "parts"
 
@@ -28,27 +32,74 @@ class Parts:
 
     def fetch(self) -> None:
         """Bring what the store has and this machine has not."""
-        with self.store.translated():
-            for name in self.store.objects(f"{PARTS}/{self.stage}").keys() & {*self.names}:
-                path = self.folder / name
-                if not path.exists():
-                    self.store.fs.get_file(f"{self.root}/{name}", str(path.with_name(f".{name}")))
-                    path.with_name(f".{name}").rename(path)
-                self.stored[name] = path.stat().st_mtime_ns
+        for path in self._stored_versions(f"{PARTS}/{self.stage}"):
+            name, _, digest = path.rpartition("/")
+            if name in self.names and ((self.folder / name).exists() or self._download(name, digest)):
+                self.stored[name] = (self.folder / name).stat().st_mtime_ns
+
+    @contextmanager
+    def claimed(self, until: Callable[[], bool]) -> Iterator[None]:
+        """While open, let no other run make the first of the pieces that are missing.
+
+        So runs that share pieces, whichever their stages, do not make them at the same time: who comes second waits,
+        and then brings what the first one made. until: as in `lease.acquire`.
+        """
+        while missing := self._missing():
+            with self.store.hold(f"{PARTS}/{self.stage}/{missing[0]}", until):
+                self.fetch()
+                if self._missing()[:1] == missing[:1]:
+                    yield
+                    return
+        yield
 
     def commit(self) -> None:
         """Upload every piece that is new or was replaced."""
         for name in self.names:
-            with suppress(FileNotFoundError), self.store.translated():
+            with suppress(FileNotFoundError):
                 written = (self.folder / name).stat().st_mtime_ns
                 if self.stored.get(name) != written:
-                    self.store.fs.put_file(str(self.folder / name), f"{self.root}/{name}")
+                    self._upload(name)
                     self.stored[name] = written
 
     def remove(self) -> None:
         """Forget the pieces: their stage is finished, and nothing else can use them."""
-        with self.store.translated():
-            for name in self.names:
-                (self.folder / name).unlink(missing_ok=True)
+        for name in self.names:
+            (self.folder / name).unlink(missing_ok=True)
+            self._remove_versions(name)
+
+    def _missing(self) -> list[str]:
+        return [name for name in self.names if not (self.folder / name).exists()]
+
+    def _stored_versions(self, folder: str) -> list[str]:
+        """Paths of pieces relative to `folder`, the newest first."""
+        found = self.store.objects(folder)
+        written = {path: str(info.get("LastModified", info.get("mtime"))) for path, info in found.items()}
+        return sorted([path for path in found if not path.endswith(LEASE)], key=written.__getitem__, reverse=True)
+
+    def _upload(self, name: str) -> None:
+        with self.store.staging() as folder:
+            link(self.folder / name, copy := folder / "piece")  # it may be replaced meanwhile
+            digest = sha256_of(copy)
+            self.store.patiently(partial(self.store.fs.put_file, str(copy), f"{self.root}/{name}/{digest}"))
+        if name in self.stored:
+            self._remove_versions(name, digest)
+
+    def _download(self, name: str, digest: str) -> bool:
+        """Copy one piece; False when it is gone or not what its name says, twice, so that it is no bad transfer."""
+        for _ in range(2):
+            with self.store.staging() as folder:
+                copy = folder / digest
+                try:
+                    self.store.patiently(partial(self.store.fs.get_file, f"{self.root}/{name}/{digest}", str(copy)))
+                except FileNotFoundError:
+                    return False
+                if sha256_of(copy) == digest:
+                    copy.rename(self.folder / name)
+                    return True
+        return False
+
+    def _remove_versions(self, name: str, but: str = "") -> None:
+        for version in self._stored_versions(f"{PARTS}/{self.stage}/{name}"):
+            if version != but:
                 with suppress(FileNotFoundError):
-                    self.store.fs.rm_file(f"{self.root}/{name}")
+                    self.store.patiently(partial(self.store.fs.rm_file, f"{self.root}/{name}/{version}"))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.runtime import flow_run
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.domain.stage import Stage
 from tasks.engines.child import Progress
-from tasks.materialise import Ref, folder_of, materialise
+from tasks.materialise import Ref, folder_of, materialise, progress_artifact, transfer
 from tasks.policies import STAGE
 from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore
 from tests.store.conftest import FILES, contents, objects, produced
@@ -86,3 +90,35 @@ def test_a_bad_artifact_is_made_again_within_the_run_that_needs_it(store: Artifa
     shutil.rmtree(store.mirror)
     assert contents(folder_of(pipeline(1)[0])) == FILES
     assert not computed
+
+
+def test_a_long_transfer_moves_the_bar_on_the_runs_page(stack: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the thread that shows it, in the run that waits for it, and up to its end."""
+    monkeypatch.setattr("tasks.materialise.PROGRESS_SECONDS", 0.01)
+    upload = Stage("upload", 1, {"test": uuid4().hex}, slug="pico")
+
+    @task
+    def uploading() -> None:
+        show, shown = progress_artifact(upload), threading.Event()
+
+        def progress(done: float, text: str) -> None:
+            show(done, text)
+            shown.set()
+
+        with transfer("uploaded", progress) as moved:
+            moved.size = 10_000_000
+            moved.relative_update(4_000_000)
+            assert shown.wait(60)
+            moved.relative_update(6_000_000)
+
+    @flow(persist_result=False)
+    def run() -> str:
+        uploading()
+        return str(flow_run.id)
+
+    run_id = run()
+    with get_client(sync_client=True) as client:
+        key = ArtifactFilterKey(any_=[f"upload-{upload.key[:12]}-progress"])
+        (artifact,) = client.read_artifacts(artifact_filter=ArtifactFilter(key=key))
+    assert (artifact.data, artifact.description) == (100.0, "10 of 10 MB uploaded")
+    assert str(artifact.flow_run_id) == run_id

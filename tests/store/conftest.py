@@ -67,5 +67,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def objects(store: ArtifactStore, folder: str = "") -> set[str]:
-    """Relative paths of everything below a folder of the store."""
-    return {f"{folder}/{path}".lstrip("/") for path in store.objects(folder) if not path.endswith("/.lock")}
+    """Relative paths of everything below a folder of the store, but for locks and the notes of what is newest."""
+    paths = {f"{folder}/{path}".lstrip("/") for path in store.objects(folder)}
+    return {path for path in paths if not path.endswith("/.lock") and not path.startswith("newest/")}

@@ -18,7 +18,7 @@ import pytest
 from fsspec import get_filesystem_class
 
 from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
-from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Manifest, Quarantined
+from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Manifest, Quarantined, Transfer
 from tasks.store.conditional import create
 from tasks.store.mirror import sha256_of
 from tests.store.conftest import FILES, contents, objects, produced, stage
@@ -106,11 +106,11 @@ def test_an_upload_that_breaks_off_leaves_no_artifact(
     monkeypatch.setattr("tasks.store.artifacts.PATIENCE_SECONDS", 0.0)
     put, puts = store._put, list[str]()
 
-    def half(source: Path, path: str, size: int) -> None:
+    def half(source: Path, path: str, *rest: Any) -> bool:
         if puts:
             raise ConnectionResetError("the network went away")
         puts.append(path)
-        put(source, path, size)
+        return put(source, path, *rest)
 
     monkeypatch.setattr(store, "_put", half)
     with pytest.raises(StoreUnavailable) as caught:
@@ -127,14 +127,24 @@ def test_an_upload_that_breaks_off_leaves_no_artifact(
     assert objects(store) == {f"{stage().address}/rows.jsonl", f"{stage().address}/{MANIFEST}"}
 
 
+def test_a_transfer_counts_the_bytes_of_all_files(store: ArtifactStore, tmp_path: Path) -> None:
+    up, down = Transfer(), Transfer()
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0, moved=up)
+    ArtifactStore(store.root, tmp_path / "reader").fetch(published, down)
+    assert up.size == down.size == published.bytes
+    linked = store.root.startswith("file://")
+    assert up.value == down.value == (0 if linked else published.bytes)
+
+
 def test_the_manifest_is_written_after_every_file(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put, seen = store._put, []
 
-    def watched(source: Path, path: str, size: int) -> None:
-        put(source, path, size)
+    def watched(*arguments: Any) -> bool:
+        written = put(*arguments)
         seen.append(store.find(stage()))
+        return written
 
     monkeypatch.setattr(store, "_put", watched)
     store.publish(stage(), produced(tmp_path / "out"), {}, 0)
@@ -348,12 +358,12 @@ def test_a_second_publisher_waits_for_the_first_and_takes_its_artifact(
     with ThreadPoolExecutor(1) as pool:
         later: list[Any] = []
 
-        def put_beside_the_second(source: Path, path: str, size: int) -> None:
+        def put_beside_the_second(source: Path, path: str, *rest: Any) -> bool:
             uploads.append(path)
             if not later:
                 produced(tmp_path / "second", {"rows.jsonl": b"second"})
                 later.append(pool.submit(second.publish, stage(), tmp_path / "second", {}, 0))
-            put(source, path, size)
+            return put(source, path, *rest)
 
         monkeypatch.setattr(store, "_put", put_beside_the_second)
         monkeypatch.setattr(second, "_put", put_beside_the_second)

@@ -9,13 +9,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
 from fsspec import get_filesystem_class
+from fsspec.config import conf, set_conf_env
 
 from deployments import local
 from tasks.domain.errors import ArtifactError, ConfigError
 from tasks.store.artifacts import ArtifactStore, Quarantined
+from tasks.store.parts import Parts
 from tests.conftest import ROOT
 from tests.store.conftest import FILES, contents, objects, produced, stage
 from tests.tiny_data import write_data_root, write_preset
@@ -92,3 +96,41 @@ def test_credentials_are_in_no_artifact_log_or_error(
     everything += [store.fs.cat_file(f"{store.root}/{path}").decode("latin-1") for path in objects(store)]
     assert len(everything) == 5 + len(FILES) + 1
     assert not [text for text in everything if any(secret in text for secret in secrets)]
+
+
+def test_encryption_and_acl_of_the_client_reach_every_object(
+    moto: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fsspec takes them from the environment: files in one part and in several, manifest, lease, copies, pieces."""
+    wanted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "key-of-the-client", "ACL": "public-read"}
+    for name, value in (moto | {"FSSPEC_S3": json.dumps({"s3_additional_kwargs": wanted})}).items():
+        monkeypatch.setenv(name, value)
+    set_conf_env(settings := dict[str, Any]())
+    monkeypatch.setitem(conf, "s3", settings["s3"])
+    monkeypatch.setattr("tasks.store.artifacts.CHUNK", 5 * 2**20)
+    get_filesystem_class("s3").clear_instance_cache()
+    store = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror")
+    checked: list[str] = []
+
+    def check() -> None:
+        for path in objects(store):
+            bucket, key, _ = store.fs.split_path(f"{store.root}/{path}")
+            head = store.fs.call_s3("head_object", Bucket=bucket, Key=key)
+            assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "key-of-the-client"), path
+            grants = store.fs.call_s3("get_object_acl", Bucket=bucket, Key=key)["Grants"]
+            assert "READ" in [grant["Permission"] for grant in grants], path
+            checked.append(path)
+
+    with store.lease(stage()) as lease:
+        assert lease.renew()
+        store.fs.pipe_file(f"{store.uri(stage())}/rows.jsonl", b"of an upload that broke off")
+        check()
+        published = store.publish(stage(), produced(tmp_path / "out", FILES | {"big": bytes(11 * 2**20)}), {}, 0, lease)
+    pieces = Parts(store, "distil", ["a.jsonl"])
+    (pieces.folder / "a.jsonl").write_text("a row")
+    pieces.commit()
+    check()
+    store.quarantine(stage().address, published, "bad bytes")
+    check()
+    get_filesystem_class("s3").clear_instance_cache()
+    assert len(checked) == 2 + 2 * (len(FILES) + 3)

@@ -23,6 +23,9 @@ from fsspec import get_filesystem_class
 from deployments import local
 from tasks.domain.errors import ConfigError
 from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Quarantined
+from tasks.store.housekeeping import faults
+from tasks.store.mirror import sha256_of
+from tasks.store.parts import Parts
 from tests.conftest import ROOT
 from tests.store.conftest import FILES, contents, objects, produced, stage
 
@@ -84,6 +87,73 @@ def test_a_publisher_killed_at_any_point_leaves_a_whole_artifact_or_none(
         assert objects(store, this.address) - ({f"{this.address}/{LEASE}"} if found[-1] else set()) == left
     assert done.returncode == 0, "every step was tried"
     assert found.count(False) >= 6 and found == sorted(found), "nothing before the manifest counts, all after it does"
+
+
+# Publishes stage(rows=1), stage(rows=2), ..., and before the N-th step of the N-th stops itself, as a machine that is
+# suspended does. By its own clock it holds its lease all the time.
+STOPPED = """
+import itertools, os, pathlib, signal, sys
+from tasks.store.artifacts import ArtifactStore
+from tests.store.conftest import produced, stage
+root, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+store, steps, last = ArtifactStore(root, folder / "mirror"), 0, 0
+def step():
+    global steps
+    steps += 1
+    if steps == last:
+        os.kill(os.getpid(), signal.SIGSTOP)
+def audit(event, arguments):
+    if event in ("os.link", "os.remove", "os.mkdir"):
+        step()
+if root.startswith("s3://"):
+    call = type(store.fs)._call_s3
+    async def counted(self, *arguments, **options):
+        step()
+        return await call(self, *arguments, **options)
+    type(store.fs)._call_s3 = counted
+else:
+    sys.addaudithook(audit)
+for number in itertools.count(1):
+    this, last = stage(rows=number), 0
+    out = produced(folder / str(number), {"rows.jsonl": b"of the stopped one", "more/x.bin": b"x" * 1000})
+    with store.lease(this) as lease:
+        for name in ("rows.jsonl", "deep/er/weights.bin"):
+            store.fs.pipe_file(f"{store.uri(this)}/{name}", b"of an upload that broke off")
+        steps, last = 0, number
+        facts = store.publish(this, out, {"by": "the stopped one"}, 0, lease).facts
+    print(facts["by"], flush=True)
+    if steps < last:
+        break
+"""
+
+
+@pytest.mark.parametrize("store", ["s3", "file"], indirect=True)
+def test_a_publisher_stopped_at_any_point_changes_nothing_that_was_made_meanwhile(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before each of its requests (S3) or changes on the disk (folder), overtaken, and then continued."""
+    monkeypatch.setattr("tasks.store.lease.LEASE_SECONDS", 0.3)
+    monkeypatch.setattr("tasks.store.lease.POLL_SECONDS", 0.05)
+    command = [sys.executable, "-c", STOPPED, store.root, str(tmp_path / "stopped")]
+    stopped = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert stopped.stdout
+    won = []
+    try:
+        for number in range(1, 60):
+            if not os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1]):
+                break
+            this = stage(rows=number)
+            with store.lease(this) as lease:
+                published = store.publish(this, produced(tmp_path / f"other-{number}"), {"by": "other"}, 0, lease)
+            os.kill(stopped.pid, signal.SIGCONT)
+            won.append(published.facts["by"])
+            assert stopped.stdout.readline() == f"{won[-1]}\n", "both return the one that stands"
+            assert store.find(this) == published
+            assert [*faults(store, published)] == [], number
+        assert stopped.stdout.read() == "the stopped one\n", "every step was tried"
+        assert won.count("other") >= 6 and won == sorted(won)
+    finally:
+        stopped.kill()
 
 
 class Server:
@@ -158,11 +228,11 @@ def test_an_upload_survives_a_server_that_is_killed_and_started_again(
     store = small_parts(monkeypatch)
     put, tries = store._put, list[str]()
 
-    def restarted_after_the_first_failure(source: Path, path: str, size: int) -> None:
+    def restarted_after_the_first_failure(source: Path, path: str, *rest: Any) -> bool:
         tries.append(path)
         if len(tries) == 3:  # rows.jsonl; weights.bin, which fails; this
             server.start()
-        put(source, path, size)
+        return put(source, path, *rest)
 
     monkeypatch.setattr(store, "_put", restarted_after_the_first_failure)
     with store.lease(stage()) as lease:
@@ -183,11 +253,11 @@ def test_a_download_survives_a_server_that_is_killed_and_started_again(
     reader = ArtifactStore(store.root, tmp_path / "reader")
     get, tries = reader._get, list[str]()
 
-    def restarted_after_the_first_failure(path: str, target: Path) -> None:
+    def restarted_after_the_first_failure(path: str, *rest: Any) -> None:
         tries.append(path)
         if len(tries) == 2:
             server.start()
-        get(path, target)
+        get(path, *rest)
 
     monkeypatch.setattr(reader, "_get", restarted_after_the_first_failure)
     in_the_middle_of(reader, "get_object", server.kill)
@@ -215,6 +285,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.fault(self.command, self.path)
+        if fault == "expired":
+            text = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+            return self.reply(400, {"Content-Type": "application/xml"}, text)
         if fault == "throttled":
             text = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
             return self.reply(503, {"Content-Type": "application/xml"}, text)
@@ -223,6 +296,9 @@ class Handler(BaseHTTPRequestHandler):
         got = upstream.getresponse()
         content = got.read()
         headers = {name: value for name, value in got.getheaders() if not name.lower().startswith("transfer-")}
+        if fault == "answer lost":
+            self.close_connection = True
+            return None
         if fault == "cut short, as if it were all":
             headers = {k: v for k, v in headers.items() if not k.lower().startswith("x-amz-checksum")}
             content = content[: len(content) // 2]
@@ -282,6 +358,38 @@ def test_throttling_is_waited_out(proxy: Proxy, tmp_path: Path, monkeypatch: pyt
     assert len(refused) == 11
 
 
+@pytest.mark.parametrize("ending", ["rows.jsonl", MANIFEST, LEASE])
+def test_a_write_whose_answer_is_lost_is_done_again_or_recognised(proxy: Proxy, tmp_path: Path, ending: str) -> None:
+    """The repeated request meets its own first try, which was carried out."""
+    store = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror")
+    with store.lease(stage()):  # makes the bucket
+        pass
+    proxy.fault, lost = first(1, "PUT", ending, "answer lost")
+    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    assert lost
+    assert [*faults(store, published)] == []
+    assert objects(store) == {f"{stage().address}/{name}" for name in [*FILES, MANIFEST]}
+
+
+def test_expired_credentials_are_named_at_once_and_cost_the_store_nothing(proxy: Proxy, tmp_path: Path) -> None:
+    store, out = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror"), produced(tmp_path / "out")
+    with store.lease(stage()):  # makes the bucket
+        pass
+    proxy.fault, refused = first(1000, "PUT", "rows.jsonl", "expired")
+    with pytest.raises(ConfigError, match=r"refuses the credentials .* renew them if they have expired"):
+        store.publish(stage(), out, {}, 0)
+    assert refused and store.find(stage()) is None
+    proxy.fault = lambda method, path: None
+    published = store.publish(stage(), out, {}, 0)
+    reader = ArtifactStore(store.root, tmp_path / "reader")
+    proxy.fault, refused = first(1000, "GET", "rows.jsonl", "expired")
+    with pytest.raises(ConfigError, match="renew them if they have expired"):
+        reader.obtain(stage())
+    assert refused and not objects(store, "quarantine")
+    proxy.fault = lambda method, path: None
+    assert reader.obtain(stage()) == published and contents(reader.fetch(published)) == FILES
+
+
 @pytest.mark.parametrize("fault", ["cut short, as if it were all", "broken off"])
 def test_a_body_cut_short_on_its_way_condemns_no_artifact(proxy: Proxy, tmp_path: Path, fault: str) -> None:
     store = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror")
@@ -303,13 +411,63 @@ def test_a_body_that_is_always_cut_short_is_never_used(proxy: Proxy, tmp_path: P
     assert not [path for path in reader.mirror.rglob("*") if path.is_file()]
 
 
+def test_pieces_of_a_stage_wait_throttling_out_and_are_taken_whole_or_not_at_all(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.store.artifacts.LONGEST_PAUSE", 0.1)
+    store, rows = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror"), "a row\n" * 1000
+    with store.lease(stage()):  # makes the bucket
+        pass
+    pieces = Parts(store, "distil", ["a.jsonl"])
+    (pieces.folder / "a.jsonl").write_text(rows)
+    digest = sha256_of(pieces.folder / "a.jsonl")
+    proxy.fault, refused = first(11, "PUT", digest, "throttled")
+    pieces.commit()
+    assert len(refused) == 11
+    for count, fault, found in (
+        (11, "throttled", [rows]), (1, "cut short, as if it were all", [rows]), (1, "broken off", [rows]),
+        (1000, "cut short, as if it were all", []),
+    ):  # fmt: skip
+        proxy.fault, seen = first(count, "GET", digest, fault)
+        reader = Parts(ArtifactStore(store.root, tmp_path / f"{count} {fault}"), "distil", ["a.jsonl"])
+        reader.fetch()
+        assert [path.read_text() for path in reader.folder.iterdir()] == found
+        assert len(seen) == count or not found
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_what_a_plan_asks_for_does_not_grow_with_the_artifacts(proxy: Proxy, tmp_path: Path, noted: bool) -> None:
+    """Which one is the newest, and its manifest; without the note a listing, whose pages hold a thousand objects."""
+    counts: list[int] = []
+    store = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror")
+    for number in range(4):
+        store.publish(stage(rows=number), produced(tmp_path / str(number)), {}, 0)
+        if not noted:
+            store.fs.rm_file(f"{store.root}/newest/rows")
+        reader, seen = ArtifactStore(store.root, tmp_path / "reader"), list[str]()
+        proxy.fault = lambda method, path, seen=seen: seen.append(method)  # type: ignore[misc]
+        changes = reader.newest_change(stage(rows=9))
+        assert changes and (not noted or changes == [f"recipe.rows: {number} -> 9"])
+        proxy.fault = lambda method, path: None
+        counts.append(len(seen))
+    assert counts == [counts[0]] * 4 and counts[0] <= 6
+
+
+def test_the_newest_artifact_is_found_whatever_its_note_says(store: ArtifactStore, tmp_path: Path) -> None:
+    store.publish(stage(rows=1), produced(tmp_path / "out"), {}, 0)
+    for note in (b"rows/gone-0123456789ab", b"other/stage-0123456789ab", b"", b"\xff", b"rows/../../x"):
+        store.fs.pipe_file(f"{store.root}/newest/rows", note)
+        reader = ArtifactStore(store.root, tmp_path / "reader")
+        assert reader.newest_change(stage(rows=9)) == ["recipe.rows: 1 -> 9"]
+
+
 def test_a_full_disk_is_named_and_costs_the_artifact_nothing(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
     reader = ArtifactStore(store.root, tmp_path / "reader")
 
-    def full(path: str, target: Path) -> None:
+    def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reader, "_get", full)

@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,9 +112,9 @@ def test_inputs_are_downloaded_once_a_machine(
     reader = ArtifactStore(store.root, tmp_path / "reader")
     get, downloads, start = reader._get, list[str](), threading.Barrier(8)
 
-    def counted(path: str, target: Path) -> None:
+    def counted(path: str, *rest: Any) -> None:
         downloads.append(path)
-        get(path, target)
+        get(path, *rest)
 
     monkeypatch.setattr(reader, "_get", counted)
 

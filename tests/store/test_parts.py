@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tasks.store.artifacts import ArtifactStore
+from tasks.store.artifacts import LEASE, ArtifactStore
 from tasks.store.housekeeping import stale_pieces
 from tasks.store.parts import Parts
+from tests.store.conftest import objects
 
 
 def machine(store: ArtifactStore, folder: Path) -> ArtifactStore:
@@ -51,9 +55,58 @@ def test_a_piece_that_was_replaced_is_committed_again(store: ArtifactStore, tmp_
         (first.folder / ".state").write_text(text)
         (first.folder / ".state").rename(first.folder / "state")
         first.commit()
+    assert len(store.objects("parts/finetune/state")) == 1
     second = Parts(machine(store, tmp_path / "other"), "finetune", ["state"])
     second.fetch()
     assert (second.folder / "state").read_text() == "step 2"
+
+
+def test_a_piece_that_was_edited_in_the_store_is_made_again(store: ArtifactStore, tmp_path: Path) -> None:
+    bucket(store)
+    first, second, third = (Parts(machine(store, tmp_path / name), "distil", ["a.jsonl"]) for name in "123")
+    (first.folder / "a.jsonl").write_text("as generated")
+    first.commit()
+    (path,) = store.objects("parts/distil/a.jsonl")
+    store.fs.pipe_file(f"{first.root}/a.jsonl/{path}", b"edited by hand")
+    second.fetch()
+    assert not list(second.folder.iterdir())
+    (second.folder / "a.jsonl").write_text("as generated")
+    second.commit()
+    third.fetch()
+    assert (third.folder / "a.jsonl").read_text() == "as generated"
+
+
+def test_who_needs_pieces_that_another_is_making_waits_for_them(store: ArtifactStore, tmp_path: Path) -> None:
+    """Of two stages that share only the first piece: it is made once, and the rest of each by itself."""
+    bucket(store)
+    first = Parts(store, "distil", ["shared", "own"])
+    second = Parts(machine(store, tmp_path / "other"), "distil", ["shared", "another"])
+    waiting, made = threading.Event(), list[str]()
+
+    def make(parts: Parts, until: Callable[[], bool], before: Callable[[], object]) -> None:
+        with parts.claimed(until):
+            before()
+            for name in [name for name in parts.names if not (parts.folder / name).exists()]:
+                made.append(name)
+                (parts.folder / name).write_text(name)
+            parts.commit()
+
+    def looking() -> bool:
+        waiting.set()
+        return False
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def start_the_second() -> None:
+            later.append(pool.submit(make, second, looking, lambda: None))
+            assert waiting.wait(60)
+
+        later = list[Future[None]]()
+        make(first, lambda: False, start_the_second)
+        later[0].result()
+    assert made == ["shared", "own", "another"]
+    assert sorted(path.name for path in second.folder.iterdir()) == ["another", "shared"]
+    assert not [path for path in objects(store) if path.endswith(LEASE)]
 
 
 def test_removed_pieces_are_gone_everywhere(store: ArtifactStore, tmp_path: Path) -> None:
@@ -74,6 +127,6 @@ def test_only_pieces_that_nobody_wrote_for_weeks_are_stale(tmp_path: Path) -> No
     for name in pieces.names:
         (pieces.folder / name).write_text("12345")
     pieces.commit()
-    path = tmp_path / "store" / "parts" / "distil" / "old.jsonl"
+    (path,) = (tmp_path / "store" / "parts" / "distil" / "old.jsonl").iterdir()
     os.utime(path, (path.stat().st_mtime - 15 * 86400,) * 2)
-    assert stale_pieces(store) == {"parts/distil/old.jsonl": 5}
+    assert stale_pieces(store) == {f"parts/distil/old.jsonl/{path.name}": 5}
