@@ -17,6 +17,7 @@ if __name__ == "__main__" and "--plan" in sys.argv:  # seconds sooner than with 
     sys.exit(print_plan(arguments(__doc__)))
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -31,7 +32,7 @@ from tasks.domain.recipe import Preset, load_preset
 from tasks.domain.span import Span
 from tasks.drift import measure_drift
 from tasks.engines.child import children_end_with_the_run
-from tasks.evaluate import evaluate
+from tasks.evaluate import evaluate, refuse_without_chat_template
 from tasks.finetune import finetune, merge
 from tasks.model import resolve_model
 from tasks.placement import Submit, engines_on, here, only
@@ -122,6 +123,8 @@ def check(preset: Preset) -> None:
     manifest = store.find(plan.model)
     layers = manifest.facts["layers"] if manifest else layers_of(model_config(preset.model))
     Span(0, preset.prune.blocks, layers)
+    if preset.evaluate.chat_template and preset.model.kind == "folder":
+        refuse_without_chat_template(Path(preset.model.path))
     if store.find(plan.rows) is None:
         for source in preset.dataset.sources:
             next(draw(source, preset.dataset.seed))
