@@ -208,10 +208,10 @@ def test_a_dead_worker_costs_a_shard(generating: dict[str, Any]) -> None:
 
 def test_one_device_never_has_two_stages(whole: UUID, preset: Preset) -> None:
     """Two workers on one machine, whose device has one slot."""
-    most = 0
+    most, alone = 0, with_settings(preset, "runtime.engines", 1)
     with worker("gpu") as first, worker("gpu") as second:
         runs = [
-            start("stage/gpu", **stage_parameters(with_settings(preset, "score.calibration.seed", seed), "score"))
+            start("stage/gpu", **stage_parameters(with_settings(alone, "score.calibration.seed", seed), "score"))
             for seed in (2, 3)
         ]
 
