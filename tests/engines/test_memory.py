@@ -33,11 +33,17 @@ def test_batches_are_halved_until_they_fit(pico: Path, tmp_path: Path, monkeypat
     (tmp_path / "documents.json").write_text(json.dumps([pair["answer"] * 4 for pair in pocket_pairs()[:12]]))
     request = {
         "checkpoint": str(pico), "documents": str(tmp_path / "documents.json"), "samples": 8, "length": 32, "seed": 0,
-        "metric": "angular", "token": "last", "dtype": "float32",
+        "metric": "angular", "token": "last", "dtype": "float32", "commit_seconds": 3600,
     }  # fmt: skip
 
     def score(out: str) -> str:
-        child.run_child("score", request, tmp_path / out, Runtime(device="cpu", batch=8), lambda done, text: None)
+        child.run_child(
+            "score",
+            {**request, "part": str(tmp_path / f"{out}-sums")},
+            tmp_path / out,
+            Runtime(device="cpu", batch=8),
+            lambda done, text: None,
+        )
         return (tmp_path / out / "distances.json").read_text()
 
     undisturbed = score("undisturbed")

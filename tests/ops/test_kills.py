@@ -1,0 +1,71 @@
+"""kill -9 of the flow in one stage after the other: the next run goes on, and the report is the undisturbed one's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tasks.domain.recipe import Preset
+from tests.conftest import ROOT
+
+KILLED_IN = ("score", "distil", "prune", "finetune", "merge", "evaluate", "drift")
+SAME = ("model", "span", "pruned", "dataset", "models", "difference", "training")
+
+
+@pytest.fixture
+def whole_preset(operations: Path, tmp_path: Path) -> Path:
+    """All kinds of stages, with one task."""
+    tree = yaml.safe_load(operations.read_text())
+    tree["evaluate"]["tasks"] = {"arc_challenge": {"shots": 1, "limit": 4}}
+    Preset.model_validate(tree)
+    path = tmp_path / "pico.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run(preset: Path, store: str, mirror: Path, killed_in: str | None = None) -> dict[str, Any] | None:
+    """The report, or None when the run was killed as soon as a stage of this kind said that it is at work."""
+    environment = os.environ | {"SDD_STORE": store, "SDD_MIRROR": str(mirror)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.recover", str(preset)], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if killed_in and re.search(f"Task run '{killed_in}.*' - {killed_in} ", line):
+            process.kill()
+            process.communicate()
+            return None
+    assert process.wait() == 0, "".join(lines[-40:])
+    assert not killed_in, f"no stage {killed_in} was at work"
+    folder = Path(lines[-1].strip().removeprefix("report: "))
+    return dict(json.loads((folder / "report.json").read_text()))
+
+
+def test_a_run_that_is_killed_in_every_stage_ends_as_an_undisturbed_one(whole_preset: Path, tmp_path: Path) -> None:
+    undisturbed = run(whole_preset, "s3://sdd/undisturbed", tmp_path / "undisturbed")
+    assert undisturbed is not None
+    for stage in KILLED_IN:
+        assert run(whole_preset, "s3://sdd/killed", tmp_path / "killed", killed_in=stage) is None
+    ended = run(whole_preset, "s3://sdd/killed", tmp_path / "killed")
+    assert ended is not None
+    assert {name: ended[name] for name in SAME} == {name: _elsewhere(undisturbed[name]) for name in SAME}
+    keys = {stage["name"]: stage["key"] for stage in undisturbed["stages"]}
+    assert {stage["name"]: stage["key"] for stage in ended["stages"]} == keys
+    hits = {stage["name"] for stage in ended["stages"] if stage["cache"] == "hit"}
+    assert hits >= {"model", "rows", "score", "distil", "prune", "finetune sft", "finetune sdd"}
+
+
+def _elsewhere(part: Any) -> Any:
+    """The same with the other store's addresses."""
+    return json.loads(json.dumps(part).replace("s3://sdd/undisturbed", "s3://sdd/killed"))
