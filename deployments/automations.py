@@ -18,11 +18,12 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
+from tasks.domain.recipe import LOW_RECOVERY
+
 SILENCE = timedelta(seconds=100)  # three heartbeats of 30 s
 STARTS = 3  # of one run, the first included
 TERMINAL = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 HEARTBEAT = "prefect.flow-run.heartbeat"
-LOW_RECOVERY = "sdd.recovery.low"  # sent by tasks/report.py
 ANY_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
 BODY = "{{ flow_run.name }}: {{ flow_run.state.name }} {{ flow_run.state.message }} {{ flow_run|ui_url }}"
 

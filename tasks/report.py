@@ -25,7 +25,7 @@ from tasks.algorithms.recovery import (
     recovered_percent,
 )
 from tasks.domain.leaderboard import BENCHMARKS, LAMBADA, LEADERBOARD
-from tasks.domain.recipe import Preset
+from tasks.domain.recipe import LOW_RECOVERY, Preset
 from tasks.evaluate import item_scores
 from tasks.materialise import Ref, folder_of
 from tasks.report_page import render
@@ -33,7 +33,6 @@ from tasks.store.artifacts import ArtifactStore, code_commit
 from tasks.store.sources import model_revision
 
 ARMS = ("sft", "sdd")
-LOW_RECOVERY = "sdd.recovery.low"  # deployments/automations.py reports it
 SHOWN_ROWS = {"accepted": 6, "kept_original": 4, "failed": 2}
 
 

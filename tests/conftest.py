@@ -94,3 +94,17 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode())) if path.suffix == ".gz" else path.write_text(text)
     return path
+
+
+def descendants(parent: int) -> list[int]:
+    """Processes below `parent`, zombies left out."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[1]) == parent and fields[0] != "Z":
+                found += [int(entry.name), *descendants(int(entry.name))]
+    return found

@@ -70,9 +70,8 @@ def chance_corrected_percent(
     chosen = {name: {task: scores[task] for task in tasks} for name, scores in (("m", model), ("u", unpruned))}
     draws = bootstrap_averages(chosen, seed)
     value = (average(chosen["m"]) - level) / (average(chosen["u"]) - level)
-    return _estimate(
-        100 * value, 100 * ((draws["m"] - level) / (draws["u"] - level))
-    )  # x / x is 1, 100 * x / x may not
+    # x / x is 1, 100 * x / x may not be 100.
+    return _estimate(100 * value, 100 * ((draws["m"] - level) / (draws["u"] - level)))
 
 
 def difference(first: Scores, second: Scores, seed: int = 0) -> Estimate:

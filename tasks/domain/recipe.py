@@ -306,6 +306,9 @@ class Evaluate(Settings):
         return self.benchmarks if self.benchmarks and task in self.benchmarks.tasks else None
 
 
+LOW_RECOVERY = "sdd.recovery.low"  # event of Runtime.alert_below
+
+
 class Runtime(Settings):
     """How this machine does the work; enters no key."""
 

@@ -27,7 +27,7 @@ from tasks.engines.children.finetune import IGNORED, answer_loss, answer_tokens_
 from tasks.engines.children.merge import merge
 from tasks.engines.children.verify import verify
 from tasks.prune import cut
-from tests.conftest import build_pico, pocket_pairs, write_jsonl
+from tests.conftest import build_pico, descendants, pocket_pairs, write_jsonl
 
 RUNTIME = Runtime(device="cpu", timeout_minutes=5)
 SPAN = Span(2, 2, 6)
@@ -37,20 +37,6 @@ PATIENCE = 30  # seconds until a process that was told to end counts as one that
 
 def quiet(_done: float, _text: str) -> None:
     """Progress that nobody looks at."""
-
-
-def descendants(parent: int) -> list[int]:
-    """Processes below `parent`, zombies left out."""
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if int(fields[1]) == parent and fields[0] != "Z":
-                found += [int(entry.name), *descendants(int(entry.name))]
-    return found
 
 
 def children_running(name: str) -> list[int]:

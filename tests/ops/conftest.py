@@ -21,7 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 
 from tasks.domain.recipe import Preset
-from tests.conftest import ROOT
+from tests.conftest import ROOT, descendants
 from tests.tiny_data import write_data_root, write_preset
 
 LONGEST = 1200.0  # seconds that anything here may take before it counts as one that never comes
@@ -141,24 +141,10 @@ def worker(pool: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     """The worker and every run of its, at once, as when the machine loses its power."""
-    for pid in [process.pid, *below(process.pid)]:
+    for pid in [process.pid, *descendants(process.pid)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
-
-
-def below(parent: int) -> list[int]:
-    """Descendants, in whatever process group they are."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if int(fields[1]) == parent:
-                found += [int(entry.name), *below(int(entry.name))]
-    return found
 
 
 def start(deployment: str, **parameters: Any) -> UUID:

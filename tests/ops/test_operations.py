@@ -21,7 +21,9 @@ from flows.plan import build_plan
 from flows.recover import run_stage
 from tasks.domain.recipe import Preset, load_preset
 from tasks.store.artifacts import ArtifactStore
-from tests.ops.conftest import below, command, ended, eventually, kill, read, start, with_settings, worker
+from tests.conftest import descendants
+from tests.engines.test_memory import FULL
+from tests.ops.conftest import command, ended, eventually, kill, read, start, with_settings, worker
 
 
 def task_runs(run: UUID) -> dict[str, TaskRun]:
@@ -37,7 +39,7 @@ def stage_parameters(preset: Preset, name: str) -> dict[str, Any]:
 def engines(parent: int) -> list[int]:
     """Engine children below a worker."""
     found = []
-    for pid in below(parent):
+    for pid in descendants(parent):
         try:
             text = Path(f"/proc/{pid}/cmdline").read_text()
         except OSError:
@@ -135,17 +137,7 @@ def test_a_wrong_preset_is_not_retried(operations: Path, preset: Preset) -> None
 @pytest.fixture
 def short_of_memory(tmp_path: Path) -> str:
     """A folder for PYTHONPATH with which scoring finds no memory for more than two sequences (no GPU here to fill)."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if 'tasks.engines.children.score' in sys.orig_argv:\n"
-        "    import torch\n"
-        "    original = torch.nn.Embedding.forward\n"
-        "    def forward(self, ids):\n"
-        "        if ids.shape[0] > 2:\n"
-        "            raise torch.OutOfMemoryError('CUDA out of memory')\n"
-        "        return original(self, ids)\n"
-        "    torch.nn.Embedding.forward = forward\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(FULL)
     return str(tmp_path)
 
 
