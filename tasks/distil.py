@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,14 @@ from tasks.domain.recipe import Distil, Runtime
 from tasks.domain.stage import Stage, canonical_json
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise, parts_of
-from tasks.policies import STAGE
+from tasks.policies import STAGE, engine_slots, free_engine_slots
 
 SHARD_ROWS = 256  # a killed run repeats at most the shards that it was at
+SHARDS_AN_ENGINE = 4  # fewer do not pay for the start of another one
 WORST_SHOWN = 10
 
 Row = dict[str, Any]
+Shard = tuple[str, int, int]  # name, first row, row behind the last
 
 
 @task(task_run_name="distil {stage.slug}", **STAGE)
@@ -42,10 +48,10 @@ def distil(stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runti
             missing = [(name, at, at + SHARD_ROWS) for name, at in shards if not (parts / f"{name}.jsonl").exists()]
             if missing:
                 request = {
-                    "checkpoint": str(folder_of(model)), "rows": str(source), "shards": missing, "parts": str(parts),
+                    "checkpoint": str(folder_of(model)), "rows": str(source), "parts": str(parts),
                     **settings.model_dump(), "messages": settings.messages(),
                 }  # fmt: skip
-                run_child("distil", request, out, runtime, committing)
+                generate(request, missing, out, runtime, committing)
             finished = [
                 json.loads(line) for name, _ in shards for line in (parts / f"{name}.jsonl").read_text().splitlines()
             ]
@@ -54,6 +60,26 @@ def distil(stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runti
         return ledger(finished)
 
     return materialise(stage, produce, engine=True)
+
+
+def generate(request: Row, shards: list[Shard], out: Path, runtime: Runtime, progress: Progress) -> None:
+    """Finish the shards in engines side by side: of those that the machine may have, as many as are free and pay."""
+    most = min(runtime.engines, math.ceil(len(shards) / SHARDS_AN_ENGINE))
+    engines = min(most, 1 + free_engine_slots())  # one slot is the stage's
+    done, lock = [0.0] * engines, threading.Lock()
+
+    def run(number: int) -> None:
+        def report(part: float, text: str) -> None:
+            with lock:
+                done[number] = part
+                progress(sum(done) / engines, text if engines == 1 else f"{text} by engine {number + 1}")
+
+        run_child("distil", {**request, "shards": shards[number::engines]}, out, runtime, report)
+
+    with engine_slots(engines - 1), ThreadPoolExecutor(engines) as pool:
+        running = [pool.submit(copy_context().run, run, number) for number in range(engines)]
+    for future in running:
+        future.result()
 
 
 def _shard_name(made_from: str, lines: list[str]) -> str:

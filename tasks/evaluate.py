@@ -22,7 +22,7 @@ from tasks.domain.recipe import Evaluate, Runtime
 from tasks.domain.stage import KEY_LENGTH, Stage
 from tasks.engines.child import refuse_while_stopping, run_child
 from tasks.materialise import Ref, existing, folder_of, link, progress_artifact, ref_of
-from tasks.policies import STAGE, engine_slot
+from tasks.policies import STAGE, engine_slots
 from tasks.store.artifacts import ArtifactStore
 
 
@@ -62,7 +62,7 @@ def evaluate(
                         refs[name] = ref_of(store, manifest, "miss")
                         link(stage, refs[name]["uri"])
 
-            with engine_slot():
+            with engine_slots():
                 started = time.monotonic()
                 run_child("evaluate", _request(checkpoint, benchmarks, settings, missing), folder, runtime, progress)
     return Completed(message=f"scored {', '.join(missing)}", data={name: refs[name] for name in stages})

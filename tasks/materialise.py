@@ -17,7 +17,7 @@ from prefect.states import Completed, State
 
 from tasks.domain.stage import KEY_LENGTH, Stage
 from tasks.engines.child import Progress, refuse_while_stopping
-from tasks.policies import engine_slot
+from tasks.policies import engine_slots
 from tasks.store.artifacts import ArtifactStore, Manifest, Quarantined, Transfer
 from tasks.store.parts import Parts
 
@@ -40,7 +40,7 @@ def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
             manifest = store.find(stage)  # made by the run that held the lease before
             if not manifest:
                 progress = progress_artifact(stage)
-                with engine_slot() if engine else nullcontext():
+                with engine_slots() if engine else nullcontext():
                     started = time.monotonic()
                     facts = produce(folder, progress)
                     seconds = time.monotonic() - started

@@ -42,7 +42,17 @@ def provide_engine_slots(count: int) -> None:
         client.upsert_global_concurrency_limit_by_name(ENGINE_SLOTS, count)
 
 
+def free_engine_slots() -> int:
+    with get_client(sync_client=True) as client:
+        limit = client.read_global_concurrency_limit_by_name(ENGINE_SLOTS)
+    return max(0, int(limit.limit - limit.active_slots))
+
+
 @contextmanager
-def engine_slot() -> Iterator[None]:
-    with concurrency(ENGINE_SLOTS, occupy=1, strict=True, lease_duration=LEASE_SECONDS):
+def engine_slots(count: int = 1) -> Iterator[None]:
+    """Hold so many slots, waiting for them."""
+    if count == 0:
+        yield
+        return
+    with concurrency(ENGINE_SLOTS, occupy=count, strict=True, lease_duration=LEASE_SECONDS):
         yield

@@ -313,7 +313,7 @@ class Runtime(Settings):
     """How this machine does the work; enters no key."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    engines: int = Field(1, ge=1, description="Child processes that may use the device at the same time.")
+    engines: int = Field(1, ge=1, description="Child processes that may use the devices at the same time.")
     engines_on: str | None = Field(
         None,
         description="Deployment of `run_stage`, e.g. stage/gpu, that runs what needs a device; empty: this machine.",

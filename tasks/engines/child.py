@@ -12,6 +12,7 @@ import io
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -36,7 +38,8 @@ SECRETS = ("AWS_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PR_SET_PDEATHSIG = 1
 
 _short_of_memory: Counter[str] = Counter()  # children that ran out of it in this process, and how often
-_running: set[subprocess.Popen[bytes]] = set()
+_running: dict[subprocess.Popen[bytes], str] = {}  # child -> the GPU that it alone sees, "" without one
+_starting = threading.Lock()
 _stopping = threading.Event()
 
 
@@ -52,14 +55,16 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
         request_file, log = Path(scratch, "request.json"), Path(scratch, "log.txt")
         request_file.write_text(json.dumps({**request, "out": str(out), "runtime": runtime.model_dump()}))
         reader, writer = os.pipe()
-        with log.open("wb") as output:
+        with log.open("wb") as output, _starting:
+            gpu = _least_used(_gpus() if runtime.device != "cpu" else ())
             process = subprocess.Popen(
                 [sys.executable, "-m", f"tasks.engines.children.{name}", str(request_file), str(writer)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[writer],
-                env=_environment(runtime), start_new_session=True, preexec_fn=_die_with_parent,
+                env=_environment(runtime) | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
+                start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
+            _running[process] = gpu
         os.close(writer)
-        _running.add(process)
         follower = _Follower(reader, progress)
         with _group_ended(process), _deadline(process, runtime.timeout_minutes * 60) as expired:
             status = follower.until_end_of(process)
@@ -159,7 +164,7 @@ def _group_ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
-        _running.discard(process)
+        _running.pop(process, None)
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(process.pid, number)
@@ -203,6 +208,21 @@ def _environment(runtime: Runtime) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines side by side would be bound to the same cores
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is already alone in its process
     }
+
+
+@lru_cache(maxsize=1)
+def _gpus() -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES lists, else the driver's numbers of all GPUs; without torch, which takes seconds."""
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return tuple(filter(None, listed.split(",")))
+    if not shutil.which("nvidia-smi"):
+        return ()
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    return tuple(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
+
+
+def _least_used(gpus: tuple[str, ...]) -> str:
+    return min(gpus, key=list(_running.values()).count, default="")
 
 
 def _is_installed(distribution: str) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from tasks.domain.errors import DataError, EngineError, GateError, ModelUnsupported, PipelineError
 from tasks.domain.recipe import Finetune, Runtime
 from tasks.domain.span import Span
-from tasks.engines.child import _environment, run_child
+from tasks.engines.child import _environment, _gpus, run_child
 from tasks.engines.children.finetune import IGNORED, answer_loss, answer_tokens_of, finetune, packed, read_examples
 from tasks.engines.children.merge import merge
 from tasks.engines.children.verify import verify
@@ -96,6 +97,25 @@ def test_credentials_do_not_reach_a_child(at_start: Callable[[str], Path], monke
     assert "topsecret" not in seen.values()
     assert seen["HTTPS_PROXY"] == "http://proxy"
     assert seen.keys() >= _environment(RUNTIME).keys() - {"_"}
+
+
+def test_children_side_by_side_have_a_gpu_each(
+    at_start: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The children tell their GPU and wait for each other, so that all live at once."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    _gpus.cache_clear()
+    notes = at_start(
+        "(notes / str(os.getpid())).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "while len(list(notes.iterdir())) < 4: time.sleep(0.01)\nos._exit(3)"
+    )
+    scratch = notes.parent
+    with ThreadPoolExecutor(4) as pool:
+        ended = [pool.submit(run_child, "score", {}, scratch, RUNTIME.model_copy(update={"device": "auto"}), quiet)
+                 for _ in range(4)]  # fmt: skip
+    _gpus.cache_clear()
+    assert all(isinstance(future.exception(), EngineError) for future in ended)
+    assert sorted(path.read_text() for path in notes.iterdir()) == ["4", "4", "7", "7"]
 
 
 def test_the_environment_of_a_child_follows_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from tasks.model import resolve_model
 from tasks.policies import provide_engine_slots
 from tasks.rows import load_rows
 tasks.distil.SHARD_ROWS, tasks.materialise.PROGRESS_SECONDS, tasks.store.lease.LEASE_SECONDS = {SHARD}, 0.0, 5.0
+tasks.distil.SHARDS_AN_ENGINE = 1
 tasks.policies.ENGINE_SLOTS += f"-{{os.getpid()}}"  # the killed one's are free again only after a minute
 committed, digest = [], tasks.store.parts.sha256_of
 def sha256_of(path):
@@ -85,7 +86,7 @@ def dataset(preset: str, rows: int, root: str, mirror: Path) -> bytes:
 
 
 def sized(rows: int) -> tuple[str, ...]:
-    return (f"dataset.sources.0.rows={rows}",)
+    return (f"dataset.sources.0.rows={rows}", "runtime.engines=1")
 
 
 @pytest.fixture(scope="module")
@@ -124,4 +125,14 @@ def test_a_run_killed_during_generation_repeats_only_what_it_had_not_committed(
     assert len([path for path in store.objects("parts") if not path.endswith(LEASE)]) == 1
     after = start(GENERATE, generation, *sized(4 * SHARD), SDD_STORE=root, SDD_MIRROR=str(data / "after"))
     assert rows_generated(end(after)) == 3 * SHARD
+    assert dataset(generation, 4 * SHARD, root, data / "reader") == together[1]
+
+
+@pytest.mark.parametrize("engines", [2, 4])
+def test_engines_side_by_side_write_the_same_dataset(
+    together: tuple[list[int], bytes], generation: str, data: Path, engines: int
+) -> None:
+    root, settings = f"s3://sdd/{uuid4().hex}", [*sized(4 * SHARD), f"runtime.engines={engines}"]
+    output = end(start(GENERATE, generation, *settings, SDD_STORE=root, SDD_MIRROR=str(data / f"engines-{engines}")))
+    assert len(set(re.findall(r"rewrites accepted by engine \d", output))) == engines
     assert dataset(generation, 4 * SHARD, root, data / "reader") == together[1]

@@ -62,12 +62,23 @@ def vllm_options(request: dict[str, Any]) -> dict[str, Any]:
     if device_of(request["runtime"]) == "cuda":
         # Graphs of decode steps bring most of the speed; full compilation costs minutes a start.
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": GRAPH_SIZES}
-        return options | {
-            "gpu_memory_utilization": request["runtime"]["gpu_memory"], "compilation_config": graphs,
-        }  # fmt: skip
+        share = request["runtime"]["gpu_memory"]
+        options |= {"gpu_memory_utilization": share, "compilation_config": graphs}
+        if request["runtime"]["engines"] > 1:
+            # vLLM sizes its cache by what gets used while it starts, and would take its neighbours' for its own.
+            options["kv_cache_memory_bytes"] = _cache_bytes(Path(request["checkpoint"]), share)
+        return options
     # Prompts in pieces crash seeded sampling on CPU (its generators know no offset).
     prefill = max(CPU_PREFILL_TOKENS, request["max_length"])
     return options | {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": prefill}
+
+
+def _cache_bytes(checkpoint: Path, share: float) -> int:
+    """Half of what the weights leave of the engine's share of the GPU; logits and activations have the other half."""
+    import torch
+
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    return int(share * torch.cuda.get_device_properties(0).total_memory - weights) // 2
 
 
 class Meter(tqdm):
