@@ -82,6 +82,7 @@ OTHER_VALUES: dict[str, Any] = {
     "evaluate.held_out.dtype": "bfloat16",
     **{f"evaluate.tasks.{task}.limit": None for task in TASKS},
     "runtime.device": "cpu",
+    "runtime.timeouts": {"distil": 900.0},
 }
 
 

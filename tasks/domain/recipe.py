@@ -307,6 +307,7 @@ class Evaluate(Settings):
 
 
 LOW_RECOVERY = "sdd.recovery.low"  # event of Runtime.alert_below
+CHILDREN = ("candidates", "convert", "distil", "drift", "evaluate", "finetune", "merge", "score", "verify")
 
 
 class Runtime(Settings):
@@ -323,9 +324,25 @@ class Runtime(Settings):
     kv_cache_gb: int = Field(2, ge=1, description="KV cache of vLLM on CPU.")
     gpu_memory: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory that vLLM may take.")
     timeout_minutes: float = Field(360, gt=0, description="Longest life of one child process.")
+    timeouts: dict[str, PositiveFloat] = Field(
+        {}, description="The same in minutes for the children named, e.g. {distil: 900, evaluate: 120}."
+    )
     alert_below: float | None = Field(
         None, description="Recovered percent of SDD under which the event sdd.recovery.low is sent."
     )
+
+    @field_validator("timeouts")
+    @classmethod
+    def known_children(cls, timeouts: dict[str, float]) -> dict[str, float]:
+        if unknown := timeouts.keys() - set(CHILDREN):
+            raise ValueError(f"unknown child {min(unknown)!r}; the children are {', '.join(CHILDREN)}")
+        return timeouts
+
+    def limit_of(self, child: str) -> tuple[str, float]:
+        """The setting that limits the child's life, and its minutes."""
+        if child in self.timeouts:
+            return f"runtime.timeouts.{child}", self.timeouts[child]
+        return "runtime.timeout_minutes", self.timeout_minutes
 
     def halved(self, times: int) -> Runtime:
         """With batches of 2^-times the size, and less of the GPU for vLLM, which finds others there."""

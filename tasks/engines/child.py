@@ -66,7 +66,8 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
             _running[process] = gpu
         os.close(writer)
         follower = _Follower(reader, progress)
-        with _group_ended(process), _deadline(process, runtime.timeout_minutes * 60) as expired:
+        limit, minutes = runtime.limit_of(name)
+        with _group_ended(process), _deadline(process, minutes * 60) as expired:
             status = follower.until_end_of(process)
         failure = follower.failure
         refuse_while_stopping(name)
@@ -76,11 +77,7 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
             raise error
         if status != 0:
             tail = log.read_text(errors="replace")[-LOG_TAIL:]
-            why = (
-                f"took longer than runtime.timeout_minutes={runtime.timeout_minutes}"
-                if expired.is_set()
-                else _died(status)
-            )
+            why = f"took longer than {limit}={minutes}" if expired.is_set() else _died(status)
             raise errors.EngineError(f"{name}: the child process {why}; end of its log:\n{tail}")
 
 

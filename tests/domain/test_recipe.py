@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from tasks.domain.errors import ConfigError
-from tasks.domain.recipe import PRESETS, TEMPLATES, Distil, GgufModel, Preset, Task, load_preset
+from tasks.domain.recipe import CHILDREN, PRESETS, TEMPLATES, Distil, GgufModel, Preset, Task, load_preset
 from tasks.domain.span import Span
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -120,6 +120,7 @@ def test_an_unknown_setting_is_named_with_the_known_ones(override: str, key: str
         ("evaluate.benchmarks.sha256=abc", "evaluate.benchmarks.sha256='abc'"),
         ("runtime.gpu_memory=1.1", "runtime.gpu_memory=1.1"),
         ("runtime.device=tpu", "runtime.device='tpu'"),
+        ("runtime.timeouts={distil: 0}", "runtime.timeouts.distil=0"),
         ("prune=", "prune=None"),
         ("name=Has Spaces", "name='Has Spaces'"),
     ],
@@ -226,6 +227,13 @@ def test_a_table_needs_an_origin() -> None:
 def test_unknown_task_names_itself_and_the_known_ones() -> None:
     message = refusal("evaluate.tasks.boolq={shots: 1}")
     assert "evaluate.tasks" in message and "'boolq'" in message and "winogrande" in message
+
+
+def test_a_limit_for_an_unknown_child_names_the_known_ones() -> None:
+    message = refusal("runtime.timeouts={distill: 900}")
+    assert "runtime.timeouts" in message and "'distill'" in message
+    for name in CHILDREN:
+        assert name in message
 
 
 def test_unknown_template_names_the_known_ones() -> None:

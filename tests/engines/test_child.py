@@ -137,10 +137,19 @@ def test_engines_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -
     assert threads == ["6", "3", "1"]
 
 
-def test_a_child_that_takes_too_long_is_ended(at_start: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"timeout_minutes": 0.05, "timeouts": {"distil": 60}}, r"runtime\.timeout_minutes=0\.05"),
+        ({"timeouts": {"score": 0.05}}, r"runtime\.timeouts\.score=0\.05"),
+    ],
+)
+def test_a_child_that_takes_too_long_is_ended(
+    at_start: Callable[[str], Path], tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
     notes = at_start(f"(notes / 'pid').write_text(str(os.getpid()))\ntime.sleep({END_OF_TIMES})")
-    runtime = RUNTIME.model_copy(update={"timeout_minutes": 0.05})
-    with pytest.raises(EngineError, match=r"took longer than runtime\.timeout_minutes=0\.05") as caught:
+    runtime = RUNTIME.model_copy(update=settings)
+    with pytest.raises(EngineError, match=f"took longer than {named};") as caught:
         run_child("score", {}, tmp_path / "out", runtime, quiet)
     assert caught.value.retryable
     assert ends(int((notes / "pid").read_text()))
