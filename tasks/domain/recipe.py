@@ -321,6 +321,9 @@ class Runtime(Settings):
     )
     batch: int = Field(8, ge=1, description="Sequences a forward pass of scoring and of the hf backend.")
     micro_batch: int = Field(8, ge=1, description="Rows a forward pass of the fine-tuning.")
+    finetune_processes: int = Field(
+        1, ge=1, description="Processes that share a fine-tuning's weights and rows (FSDP2); on GPUs, each has its own."
+    )
     kv_cache_gb: int = Field(2, ge=1, description="KV cache of vLLM on CPU.")
     gpu_memory: float = Field(0.9, gt=0, le=1, description="Share of the GPU's memory that vLLM may take.")
     timeout_minutes: float = Field(360, gt=0, description="Longest life of one child process.")

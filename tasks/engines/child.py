@@ -38,7 +38,7 @@ SECRETS = ("AWS_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PR_SET_PDEATHSIG = 1
 
 _short_of_memory: Counter[str] = Counter()  # children that ran out of it in this process, and how often
-_running: dict[subprocess.Popen[bytes], str] = {}  # child -> the GPU that it alone sees, "" without one
+_running: dict[subprocess.Popen[bytes], tuple[str, ...]] = {}  # child -> the GPUs that it alone sees
 _starting = threading.Lock()
 _stopping = threading.Event()
 
@@ -46,24 +46,25 @@ _stopping = threading.Event()
 def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, progress: Progress) -> None:
     """Run `tasks.engines.children.<name>` on `request`, its files going to `out`.
 
-    Raises the child's own PipelineError, or EngineError with the tail of its log when it died of anything else. After
-    OutOfMemory further children of this name take half the batch.
+    Raises the child's own PipelineError, EngineError with the tail of its log when it died of anything else, or
+    ConfigError where it needs more GPUs than there are. After OutOfMemory further children of this name take half the
+    batch.
     """
     refuse_while_stopping(name)
     runtime = runtime.halved(_short_of_memory[name])
     with tempfile.TemporaryDirectory(prefix=f"sdd-{name}-") as scratch:
         request_file, log = Path(scratch, "request.json"), Path(scratch, "log.txt")
         request_file.write_text(json.dumps({**request, "out": str(out), "runtime": runtime.model_dump()}))
-        reader, writer = os.pipe()
         with log.open("wb") as output, _starting:
-            gpu = _least_used(_gpus() if runtime.device != "cpu" else ())
+            gpus = _gpus_for(name, runtime)
+            reader, writer = os.pipe()
             process = subprocess.Popen(
                 [sys.executable, "-m", f"tasks.engines.children.{name}", str(request_file), str(writer)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[writer],
-                env=_environment(runtime) | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
+                env=_environment(runtime) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
                 start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
-            _running[process] = gpu
+            _running[process] = gpus
         os.close(writer)
         follower = _Follower(reader, progress)
         limit, minutes = runtime.limit_of(name)
@@ -218,8 +219,16 @@ def _gpus() -> tuple[str, ...]:
     return tuple(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
 
 
-def _least_used(gpus: tuple[str, ...]) -> str:
-    return min(gpus, key=list(_running.values()).count, default="")
+def _gpus_for(name: str, runtime: Runtime) -> tuple[str, ...]:
+    """The least used GPUs, one for each process of the child; none on CPU."""
+    gpus = _gpus() if runtime.device != "cpu" else ()
+    count = runtime.finetune_processes if name == "finetune" else 1
+    if count > max(1, len(gpus)) and (gpus or runtime.device == "cuda"):
+        raise errors.ConfigError(
+            f"runtime.finetune_processes={count}: each needs a GPU of its own, and here are {len(gpus)}; lower it"
+        )
+    used = Counter(gpu for held in _running.values() for gpu in held)
+    return tuple(sorted(gpus, key=used.__getitem__)[:count])
 
 
 def _is_installed(distribution: str) -> bool:

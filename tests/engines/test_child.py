@@ -8,10 +8,10 @@ import select
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,10 +20,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from tasks.domain.errors import DataError, EngineError, GateError, ModelUnsupported, PipelineError
+from tasks.domain.errors import ConfigError, DataError, EngineError, GateError, ModelUnsupported, PipelineError
 from tasks.domain.recipe import Finetune, Runtime
 from tasks.domain.span import Span
-from tasks.engines.child import _environment, _gpus, run_child
+from tasks.engines.child import _environment, _gpus, _gpus_for, run_child
 from tasks.engines.children.finetune import IGNORED, answer_loss, answer_tokens_of, finetune, packed, read_examples
 from tasks.engines.children.merge import merge
 from tasks.engines.children.verify import verify
@@ -99,12 +99,23 @@ def test_credentials_do_not_reach_a_child(at_start: Callable[[str], Path], monke
     assert seen.keys() >= _environment(RUNTIME).keys() - {"_"}
 
 
+@pytest.fixture
+def machine_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Set the GPUs that this process may use."""
+
+    def show(gpus: str) -> None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        _gpus.cache_clear()
+
+    yield show
+    _gpus.cache_clear()
+
+
 def test_children_side_by_side_have_a_gpu_each(
-    at_start: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    at_start: Callable[[str], Path], machine_with: Callable[[str], None]
 ) -> None:
     """The children tell their GPU and wait for each other, so that all live at once."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    _gpus.cache_clear()
+    machine_with("4,7")
     notes = at_start(
         "(notes / str(os.getpid())).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
         "while len(list(notes.iterdir())) < 4: time.sleep(0.01)\nos._exit(3)"
@@ -113,9 +124,45 @@ def test_children_side_by_side_have_a_gpu_each(
     with ThreadPoolExecutor(4) as pool:
         ended = [pool.submit(run_child, "score", {}, scratch, RUNTIME.model_copy(update={"device": "auto"}), quiet)
                  for _ in range(4)]  # fmt: skip
-    _gpus.cache_clear()
     assert all(isinstance(future.exception(), EngineError) for future in ended)
     assert sorted(path.read_text() for path in notes.iterdir()) == ["4", "4", "7", "7"]
+
+
+def test_a_shared_fine_tuning_has_a_gpu_for_each_process(
+    at_start: Callable[[str], Path], machine_with: Callable[[str], None]
+) -> None:
+    """Beside another child, whichever starts first: of three GPUs it has two, the other child the third."""
+    machine_with("4,7,9")
+    notes = at_start(
+        "import sys\n(notes / sys.orig_argv[2]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "while len(list(notes.iterdir())) < 2: time.sleep(0.01)\nos._exit(3)"
+    )
+    runtime = RUNTIME.model_copy(update={"device": "auto", "finetune_processes": 2})
+    with ThreadPoolExecutor(2) as pool:
+        ended = [pool.submit(run_child, name, {}, notes.parent, runtime, quiet) for name in ("score", "finetune")]
+    assert all(isinstance(future.exception(), EngineError) for future in ended)
+    score, finetune = ((notes / f"tasks.engines.children.{name}").read_text() for name in ("score", "finetune"))
+    assert sorted([score, *finetune.split(",")]) == ["4", "7", "9"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "given"),
+    [("4,7", "cuda", ("4", "7")), ("4,7", "cpu", ()), ("", "auto", ()), ("4", "auto", None), ("", "cuda", None)],
+)
+def test_more_processes_than_gpus_are_refused_unless_they_run_on_cpu(
+    machine_with: Callable[[str], None],
+    gpus: str,
+    device: Literal["auto", "cpu", "cuda"],
+    given: tuple[str, ...] | None,
+) -> None:
+    machine_with(gpus)
+    runtime = Runtime(device=device, finetune_processes=2)
+    if given is None:
+        with pytest.raises(ConfigError, match=r"runtime\.finetune_processes=2: .* here are [01]; lower it"):
+            _gpus_for("finetune", runtime)
+    else:
+        assert _gpus_for("finetune", runtime) == given
+    assert len(_gpus_for("score", runtime)) <= 1
 
 
 def test_the_environment_of_a_child_follows_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
