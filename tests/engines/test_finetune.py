@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tasks.engines.children.finetune as child
-from tasks.domain.errors import GateError
+from tasks.domain.errors import EngineError, GateError
+from tasks.domain.recipe import Runtime
+from tasks.engines.child import run_child
 from tasks.engines.children.finetune import finetune, read_examples
 from tasks.engines.children.merge import merge
-from tests.conftest import write_jsonl
-from tests.engines.test_child import finetune_request, quiet, training_row
+from tests.conftest import descendants, write_jsonl
+from tests.engines.test_child import ends, finetune_request, quiet, training_row
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +40,12 @@ class Stopped(Exception):
     """What a kill is to the training."""
 
 
-def test_a_stopped_training_goes_on_to_the_same_curve_and_weights(
-    pico: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_training_goes_on_to_the_same_curve_and_weights(pico: Path, rows: Path, tmp_path: Path) -> None:
     """With dropout, momentum, a schedule, several epochs and a best epoch, every one of which must be resumed."""
     settings: dict[str, Any] = {"epochs": 3.0, "dropout": 0.1, "validation": 0.2, "warmup_ratio": 0.2}
     finetune(finetune_request(pico, rows, **settings), tmp_path / "whole", quiet)
 
-    monkeypatch.setattr(child, "COMMIT_SECONDS", -1)  # after every step
-    request = finetune_request(pico, rows, **settings)
+    request = finetune_request(pico, rows, **settings, commit_seconds=-1)  # after every step
     steps: list[str] = []
 
     def stop_at_seven(_done: float, text: str) -> None:
@@ -125,3 +127,103 @@ def test_full_fine_tuning_trains_every_weight_and_merges_to_a_checkpoint(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, after["model.layers.0.mlp.up_proj.weight"])
     assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+# --- shared by processes -------------------------------------------------------------------------------------
+
+
+SHARED = Runtime(  # on GPUs and over nccl where there are two
+    device="cuda" if torch.cuda.device_count() > 1 else "cpu", finetune_processes=2, micro_batch=2, timeout_minutes=5
+)
+ALONE = SHARED.model_copy(update={"finetune_processes": 1})
+
+
+def request_on(runtime: Runtime, pico: Path, rows: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    """Steps of five rows and a last one of a single row: no multiple of the processes and micro-batches."""
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    recipe = {"epochs": 2.0, "batch": 5, "dropout": 0.0, "validation": 0.2, "learning_rate": 1e-3, **settings}
+    return finetune_request(pico, rows, **recipe, runtime=runtime.model_dump(), parts=str(out / "parts"))
+
+
+def check_equal_but_for_rounding(one: Path, other: Path) -> None:
+    """Losses, weights, and the state after the last step, whose momenta show the size of the gradients."""
+    for entry, expected in zip(*(losses(folder) for folder in (other, one)), strict=True):
+        assert entry == pytest.approx(expected, abs=1e-5)
+    files = [file.relative_to(one) for file in one.rglob("*.safetensors")]
+    assert len(files) == 2
+    for file in files:
+        found, weights = load_file(other / file), load_file(one / file)
+        assert found.keys() == weights.keys()
+        for name, weight in weights.items():
+            assert torch.allclose(found[name], weight, rtol=1e-4, atol=1e-5), name
+    counts, expected_counts = (json.loads((folder / "tokens.json").read_text()) for folder in (other, one))
+    assert counts == pytest.approx(expected_counts, abs=1e-5)
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_train_what_one_does(pico: Path, rows: Path, tmp_path: Path, method: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    texts: list[str] = []
+    finetune(request_on(ALONE, pico, rows, one, method=method), one, quiet)
+    finetune(request_on(SHARED, pico, rows, two, method=method), two, lambda _done, text: texts.append(text))
+    assert [text.split(",")[0] for text in texts] == [f"step {step} of 8" for step in range(1, 9)]
+    check_equal_but_for_rounding(one, two)
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    name = "config.json" if method == "full" else "adapter_config.json"
+    config, other = (json.loads((folder / name).read_text()) for folder in (one, two))
+    if method == "lora":  # made of a set
+        assert sorted(config.pop("target_modules")) == sorted(other.pop("target_modules"))
+    assert config == other
+
+
+def test_a_training_goes_on_under_another_number_of_processes(pico: Path, rows: Path, tmp_path: Path) -> None:
+    """Begun by one process, carried on by two, ended by one."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    settings: dict[str, Any] = {"epochs": 4.0, "commit_seconds": -1}  # after every step
+    finetune(request_on(ALONE, pico, rows, whole, **settings), whole, quiet)
+    seen: list[int] = []
+
+    def stop_at(last: int) -> Callable[[float, str], None]:
+        def stop(_done: float, text: str) -> None:
+            seen.append(int(text.split()[1]))
+            if seen[-1] == last:
+                raise Stopped
+
+        return stop
+
+    for runtime, last in ((ALONE, 5), (SHARED, 7)):
+        with pytest.raises(Stopped):
+            finetune(request_on(runtime, pico, rows, out, **settings), out, stop_at(last))
+    assert seen == [1, 2, 3, 4, 5, 6, 7], "what was committed is not repeated"
+    finetune(request_on(ALONE, pico, rows, out, **settings), out, stop_at(0))
+    assert seen == sorted(set(seen))
+    check_equal_but_for_rounding(whole, out)
+
+
+def test_an_error_of_shared_training_comes_through(pico: Path, rows: Path, tmp_path: Path) -> None:
+    request = request_on(SHARED, pico, rows, tmp_path, learning_rate=1e30)
+    with pytest.raises(GateError, match=r"not finite at step \d+ with finetune\.learning_rate=1e\+30"):
+        run_child("finetune", request, tmp_path, SHARED, quiet)
+
+
+def test_a_rank_that_dies_ends_all(pico: Path, rows: Path, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill(_done: float, _text: str) -> None:
+        if not killed:
+            ranks = [
+                pid for pid in descendants(os.getpid()) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+            ]
+            assert len(ranks) == 2
+            killed.extend(ranks)
+            os.kill(max(ranks), signal.SIGKILL)
+
+    request = request_on(SHARED, pico, rows, tmp_path, epochs=1000.0)
+    with pytest.raises(EngineError, match="finetune: the child process ended with status 1") as caught:
+        run_child("finetune", request, tmp_path, SHARED, kill)
+    assert caught.value.retryable and "signal SIGKILL" in str(caught.value)
+    assert all(ends(pid) for pid in killed)

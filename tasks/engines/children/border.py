@@ -14,12 +14,13 @@ from tqdm import tqdm
 from tasks.domain.errors import OutOfMemory, PipelineError
 
 Report = Callable[[float, str], None]
+Run = Callable[[dict[str, Any], Path, Report], None]
 
 GRAPH_SIZES = [1, 8, 32, 64, 128, 256, 512]  # sequences of a decode step; others are padded to the next
 CPU_PREFILL_TOKENS = 4096  # a batch; more only costs memory
 
 
-def serve(run: Callable[[dict[str, Any], Path, Report], None]) -> None:
+def serve(run: Run) -> None:
     """Call `run(request, out, report)` with what the parent sent; tell the parent why it failed, if it does."""
     request = json.loads(Path(sys.argv[1]).read_text())
     with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8") as pipe:
@@ -32,19 +33,21 @@ def serve(run: Callable[[dict[str, Any], Path, Report], None]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         try:
             run(request, out, lambda done, text: say(done=done, text=text))
-        except PipelineError as error:
-            say(error=type(error).__name__, text=str(error))
-            sys.exit(1)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not (told := as_told(error)):
                 raise
-            say(error=OutOfMemory.__name__, text=f"{type(error).__name__}: {error}")
+            say(error=type(told).__name__, text=str(told))
             sys.exit(1)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch's own error (torch is not imported for it), or vLLM's words for a device that others have filled."""
-    return type(error).__name__ == "OutOfMemoryError" or "less than desired GPU memory utilization" in str(error)
+def as_told(error: Exception) -> PipelineError | None:
+    """What the parent is to raise; None for errors that only the log explains."""
+    if isinstance(error, PipelineError):
+        return error
+    # torch's own error (torch is not imported for it), or vLLM's words for a device that others have filled.
+    if type(error).__name__ == "OutOfMemoryError" or "less than desired GPU memory utilization" in str(error):
+        return OutOfMemory(f"{type(error).__name__}: {error}")
+    return None
 
 
 def device_of(runtime: dict[str, Any]) -> str:

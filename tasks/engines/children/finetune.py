@@ -20,23 +20,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from tasks.algorithms.prompts import training_ids
 from tasks.domain.errors import DataError, GateError
+from tasks.engines.children import ranks
 from tasks.engines.children.border import Report, device_of, serve
 
 IGNORED = -100  # label that bears no loss
 MAX_GRADIENT_NORM = 1.0
 SEED_STRIDE = 1_000_003
-COMMIT_SECONDS = 120  # a killed run repeats at most about so much
 
 Example = dict[str, list[int]]
 Batch = dict[str, torch.Tensor]
 
 
 def finetune(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, rows (file), answers ("answer" or "reference"), parts (folder), and the recipe's fields.
+    """request: checkpoint, rows (file), answers ("answer" or "reference"), parts (folder), commit_seconds, and the
+    recipe's fields.
 
     Writes a peft adapter folder (method "full": a checkpoint), loss.jsonl (step, loss, learning rate; step and
-    validation_loss once an epoch) and tokens.json (what was trained on).
+    validation_loss once an epoch) and tokens.json (what was trained on). With runtime.finetune_processes above 1 as
+    many ranks share each step's rows and come, but for rounding and the draw of dropout, to what one would; each can
+    go on from a state that any number of them committed.
     """
+    processes = request["runtime"]["finetune_processes"]
+    if processes > 1:
+        ranks.run_ranks(train, processes, request, out, report)
+    else:
+        train(request, out, report)
+
+
+def train(request: dict[str, Any], out: Path, report: Report) -> None:
+    """The whole of it, or one rank's share."""
     examples = read_examples(request, AutoTokenizer.from_pretrained(request["checkpoint"]))
     rates = request["learning_rate"] if isinstance(request["learning_rate"], list) else [request["learning_rate"]]
     best: _Training | None = None
@@ -49,7 +61,8 @@ def finetune(request: dict[str, Any], out: Path, report: Report) -> None:
     if not math.isfinite(best.entries[-1].get("loss", 0.0)):
         raise GateError(f"the loss is not finite at step {best.step} with finetune.learning_rate={best.rate}; lower it")
     best.save(out)
-    (out / "tokens.json").write_text(json.dumps(examples.counts | best.counts()))
+    if ranks.rank() == 0:
+        (out / "tokens.json").write_text(json.dumps(examples.counts | best.counts()))
 
 
 @dataclass
@@ -142,7 +155,8 @@ class _Training:
         self.request, self.examples, self.rate, self.part = request, examples, rate, part
         self.device = device_of(request["runtime"])
         torch.manual_seed(request["seed"])
-        self.model = _model(request).to(self.device)
+        model = _model(request)
+        self.model = ranks.sharded(model, self.device) if ranks.count() > 1 else model.to(self.device)
         self.trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=rate, weight_decay=request["weight_decay"], fused=self.device == "cuda"
@@ -171,7 +185,8 @@ class _Training:
             self.scheduler.step()
             if self.examples.validation and (self.step % self.per_epoch == 0 or self.step == self.steps):
                 self._validate()
-            if time.monotonic() - committed > COMMIT_SECONDS or self.step == self.steps:
+            due = time.monotonic() - committed > self.request["commit_seconds"] or self.step == self.steps
+            if ranks.summed(due, self.device):  # the ranks' clocks differ
                 self._commit()
                 committed = time.monotonic()
             report(self.step / self.steps, f"step {self.step} of {self.steps}, loss {loss:.3f}")
@@ -180,8 +195,15 @@ class _Training:
         with torch.no_grad():
             for name, weight in self.best.items():
                 self.trained[name].copy_(weight)
-        self.model.save_pretrained(out)
-        (out / "loss.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+        state = ranks.whole(self._state()) if ranks.count() > 1 else None
+        if ranks.rank() == 0:
+            self.model.save_pretrained(out, state_dict=state)
+            (out / "loss.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint may hold, tied weights once."""
+        once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name in once}
 
     def counts(self) -> dict[str, Any]:
         """Steps, and the tokens that went through the model in them; those of the answers bore the loss."""
@@ -203,33 +225,37 @@ class _Training:
     def _optimize(self, rows: list[Example]) -> float:
         """One optimizer step; returns the mean cross-entropy over its answer tokens."""
         self.model.train()
-        torch.manual_seed(self.request["seed"] * SEED_STRIDE + self.step)  # dropout, wherever the run began
+        seed = self.request["seed"] * SEED_STRIDE + self.step  # dropout, wherever the run began
+        torch.manual_seed(seed * ranks.count() + ranks.rank())
         count, total = answer_tokens_of(rows), torch.zeros((), device=self.device)
-        for batch in self._micro_batches(rows):
+        for batch, weight in self._micro_batches(rows):
             with self._autocast():
-                loss = answer_loss(self.model, batch) / count
+                loss = answer_loss(self.model, batch) * weight / count
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(total)
+        return ranks.summed(float(total), self.device)
 
     def _validate(self) -> None:
         self.model.eval()
         rows = self.examples.validation
-        with torch.inference_mode(), self._autocast():
-            total = sum(answer_loss(self.model, batch).item() for batch in self._micro_batches(rows))
-        loss = total / answer_tokens_of(rows)
+        with torch.no_grad(), self._autocast():  # sharded weights do not bear inference mode
+            total = sum(answer_loss(self.model, batch).item() * weight for batch, weight in self._micro_batches(rows))
+        loss = ranks.summed(total, self.device) / answer_tokens_of(rows)
         self.entries.append({"step": self.step, "validation_loss": loss})
         if loss < self.best_loss:
             self.best_loss = loss
             self.best = {name: weight.detach().cpu().clone() for name, weight in self.trained.items()}
 
-    def _micro_batches(self, rows: list[Example]) -> Iterator[Batch]:
-        size = self.request["runtime"]["micro_batch"]
-        for first in range(0, len(rows), size):
-            yield packed(rows[first : first + size], self.device)
+    def _micro_batches(self, rows: list[Example]) -> Iterator[tuple[Batch, float]]:
+        """This rank's part of the rows; as many batches on every rank, a last one for company of weight 0, not 1."""
+        size = min(self.request["runtime"]["micro_batch"], math.ceil(len(rows) / ranks.count()))
+        batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+        for first in range(0, len(batches), ranks.count()):
+            place = first + ranks.rank()
+            yield packed(batches[min(place, len(batches) - 1)], self.device), float(place < len(batches))
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.request["dtype"] == "bfloat16")
@@ -242,23 +268,23 @@ class _Training:
             tensors |= {f"{key} {name}": value for key, value in self.optimizer.state[weight].items()}
         state = {"step": self.step, "entries": self.entries, "best_loss": self.best_loss}
         unfinished = self.part.with_name(f".{self.part.name}")
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            unfinished, {"state": json.dumps(state)},
-        )  # fmt: skip
-        unfinished.rename(self.part)
+        tensors = ranks.whole(tensors)
+        if ranks.rank() == 0:
+            save_file(tensors, unfinished, {"state": json.dumps(state)})
+            unfinished.rename(self.part)
 
     def _load(self) -> None:
-        with safe_open(self.part, "pt", self.device) as file:
+        with safe_open(self.part, "pt") as file, torch.no_grad():
             state = json.loads(file.metadata()["state"])
             names = set(file.keys())
             for name, weight in self.trained.items():
-                weight.data.copy_(file.get_tensor(f"weight {name}"))
+                weight.copy_(ranks.part_of(file.get_tensor(f"weight {name}"), weight))
                 self.optimizer.state[weight] = {
-                    key: file.get_tensor(f"{key} {name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: ranks.part_of(file.get_tensor(f"{key} {name}"), weight)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                 }
                 if f"best {name}" in names:
-                    self.best[name] = file.get_tensor(f"best {name}").cpu()
+                    self.best[name] = ranks.part_of(file.get_tensor(f"best {name}"), weight).cpu()
         self.step, self.entries, self.best_loss = state["step"], state["entries"], state["best_loss"]
         self.scheduler.last_epoch = self.step - 1
         self.scheduler.step()
