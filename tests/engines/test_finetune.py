@@ -204,9 +204,18 @@ def test_a_training_goes_on_under_another_number_of_processes(pico: Path, rows: 
     check_equal_but_for_rounding(whole, out)
 
 
-def test_an_error_of_shared_training_comes_through(pico: Path, rows: Path, tmp_path: Path) -> None:
-    request = request_on(SHARED, pico, rows, tmp_path, learning_rate=1e30)
-    with pytest.raises(GateError, match=r"not finite at step \d+ with finetune\.learning_rate=1e\+30"):
+@pytest.mark.parametrize(
+    ("settings", "kind", "text"),
+    [
+        ({"learning_rate": 1e30}, GateError, r"not finite at step \d+ with finetune\.learning_rate=1e\+30"),
+        ({"checkpoint": "/nowhere"}, EngineError, r"status 1; end of its log:(.|\n)+rank [01]: (.|\n)*/nowhere"),
+    ],
+)
+def test_the_error_of_a_rank_comes_through(
+    pico: Path, rows: Path, tmp_path: Path, settings: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    request = {**request_on(SHARED, pico, rows, tmp_path), **settings}
+    with pytest.raises(kind, match=text):
         run_child("finetune", request, tmp_path, SHARED, quiet)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import traceback
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from tasks.engines.children.border import Report, Run, as_told, device_of
 def run_ranks(run: Run, processes: int, request: dict[str, Any], out: Path, report: Report) -> None:
     """Call `run(request, out, report)` in so many processes, of which the first one reports; on GPUs, each has its own.
 
-    Raises the PipelineError of a rank, or torch's ProcessException when one died of anything else. One ends all.
+    Raises the PipelineError of a rank, RuntimeError of another error, or torch's ProcessException when one was killed;
+    the others end with it.
     """
     progress, tell = get_context("spawn").Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="sdd-ranks-") as folder:
@@ -53,9 +55,9 @@ def _rank(
         run(request, out, lambda done, text: tell.send((done, text)) if number == 0 else None)
         dist.destroy_process_group()
     except Exception as error:
-        if not (told := as_told(error)):
-            raise
-        tell.send(told)  # short enough for the pipe to keep it in one piece
+        traceback.print_exc()
+        # Told rather than raised: a rank that ends by itself may wait for the others, who wait for it.
+        tell.send(as_told(error) or RuntimeError(f"rank {number}: {type(error).__name__}: {error}"[:1000]))
 
 
 def rank() -> int:
