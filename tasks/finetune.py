@@ -38,7 +38,7 @@ def finetune(stage: Stage, pruned: Ref, distilled: Ref, settings: Finetune, runt
             run_child("finetune", request, out, runtime, committing)
         return dict(json.loads((out / "tokens.json").read_text()))
 
-    return materialise(stage, produce, engine=True)
+    return materialise(stage, produce, engine=min(runtime.finetune_processes, runtime.engines))
 
 
 @task(task_run_name="merge {stage.slug}", **STAGE)

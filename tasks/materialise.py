@@ -27,10 +27,10 @@ Produce = Callable[[Path, Progress], dict[str, Any]]  # fills the folder, return
 PROGRESS_SECONDS = 2.0
 
 
-def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
+def materialise(stage: Stage, produce: Produce, *, engine: int) -> State[Ref]:
     """Return the stage's artifact as a completed state, named Cached when nothing had to run.
 
-    produce: fills an empty folder and returns the facts. engine: it needs one of the machine's engine slots.
+    produce: fills an empty folder and returns the facts. engine: how many of the machine's engine slots it needs.
     What an interrupted stage wrote stays out of the store: only a finished folder is published.
     """
     store = ArtifactStore.from_environment()
@@ -40,7 +40,7 @@ def materialise(stage: Stage, produce: Produce, *, engine: bool) -> State[Ref]:
             manifest = store.find(stage)  # made by the run that held the lease before
             if not manifest:
                 progress = progress_artifact(stage)
-                with engine_slots() if engine else nullcontext():
+                with engine_slots(engine):
                     started = time.monotonic()
                     facts = produce(folder, progress)
                     seconds = time.monotonic() - started

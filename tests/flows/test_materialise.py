@@ -19,7 +19,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from tasks.domain.stage import Stage
 from tasks.engines.child import Progress
 from tasks.materialise import Ref, folder_of, materialise, progress_artifact, transfer
-from tasks.policies import STAGE
+from tasks.policies import STAGE, free_engine_slots, provide_engine_slots
 from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore
 from tests.store.conftest import FILES, contents, objects, produced
 
@@ -68,6 +68,27 @@ def test_a_stage_that_many_ask_for_at_once_is_computed_once(store: ArtifactStore
     assert not [path for path in objects(store) if path.endswith(LEASE)]
     pipeline(1)
     assert sorted(computed) == ["copy", "rows"]
+
+
+def test_a_stage_holds_the_engine_slots_that_it_needs(store: ArtifactStore) -> None:
+    free: list[int] = []
+
+    @task(**STAGE)
+    def shared_by_two() -> State[Ref]:
+        def produce(out: Path, progress: Progress) -> dict[str, Any]:
+            free.append(free_engine_slots())
+            return {}
+
+        return materialise(ROWS, produce, engine=2)
+
+    @flow(persist_result=False)
+    def alone() -> None:
+        provide_engine_slots(3)
+        shared_by_two()
+        free.append(free_engine_slots())
+
+    alone()
+    assert free == [1, 3]
 
 
 @pytest.mark.parametrize("damage", ["other bytes", "cut off", "gone", "manifest", "in the mirror"])
