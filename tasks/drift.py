@@ -11,7 +11,7 @@ from prefect import task
 from prefect.states import State
 
 from tasks.domain.recipe import HeldOut, Runtime
-from tasks.domain.stage import Stage
+from tasks.domain.stage import Stage, json_lines
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise
 from tasks.policies import STAGE
@@ -27,7 +27,7 @@ def measure_drift(
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
         table = read_table(settings, settings.fields)
         documents = ["\n\n".join(str(row[name] or "") for name in settings.fields) for row in table]
-        lines = (folder_of(rows) / "rows.jsonl").read_text().splitlines()[: settings.prompts]
+        lines = json_lines(folder_of(rows) / "rows.jsonl")[: settings.prompts]
         with tempfile.TemporaryDirectory() as scratch:
             text, prompts = Path(scratch, "text.json"), Path(scratch, "prompts.json")
             text.write_text(json.dumps(documents))

@@ -26,6 +26,7 @@ from tasks.algorithms.recovery import (
 )
 from tasks.domain.leaderboard import BENCHMARKS, LAMBADA, LEADERBOARD
 from tasks.domain.recipe import LOW_RECOVERY, Preset
+from tasks.domain.stage import json_lines
 from tasks.evaluate import item_scores
 from tasks.materialise import Ref, folder_of
 from tasks.report_page import render
@@ -181,7 +182,7 @@ def _examples(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in json_lines(path)]
 
 
 def _optional(value: float | None, form: str) -> str:

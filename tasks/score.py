@@ -13,7 +13,7 @@ from prefect.logging import get_run_logger
 from prefect.states import State
 
 from tasks.domain.recipe import Calibration, Runtime, Score
-from tasks.domain.stage import Stage
+from tasks.domain.stage import Stage, json_lines
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise, parts_of
 from tasks.policies import STAGE
@@ -72,4 +72,4 @@ def _texts(calibration: Calibration) -> list[Any]:
 
 
 def _prompts(rows: Path) -> list[Any]:
-    return [json.loads(line)["prompt"] for line in (rows / "rows.jsonl").read_text().splitlines()]
+    return [json.loads(line)["prompt"] for line in json_lines(rows / "rows.jsonl")]

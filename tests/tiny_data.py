@@ -22,7 +22,10 @@ def write_data_root(root: Path, items: int = 6) -> Path:
                 rows = [_item(name, number) for number in range(items)]
                 write_jsonl(root / "openllm" / file.replace("*", subject), rows)
     pairs = [{**pair, "text": f"{pair['instruction']}\n{pair['answer']}"} for pair in pocket_pairs()]
-    write_jsonl(root / "sft" / "pairs.jsonl.gz", [{k: p[k] for k in ("kind", "instruction", "answer")} for p in pairs])
+    # JSON leaves U+2028 as it is, and `splitlines` breaks there.
+    rows = [{"kind": p["kind"], "instruction": p["instruction"].replace(" ", "\u2028", 1), "answer": p["answer"]}
+            for p in pairs]  # fmt: skip
+    write_jsonl(root / "sft" / "pairs.jsonl.gz", rows)
     write_jsonl(root / "calibration" / "text.jsonl", [{"text": pair["text"]} for pair in pairs])
     return root
 

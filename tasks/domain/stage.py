@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 ABSENT = object()
@@ -76,6 +77,11 @@ def _check(value: Any, where: str) -> None:
             _check(item, f"{where}.{name}")
     else:
         raise TypeError(f"{where}: a {type(value).__name__} cannot enter a key")
+
+
+def json_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file; `splitlines` would break them at U+2028 and others that JSON strings may hold."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -89,6 +89,27 @@ def test_a_training_that_diverges_is_refused(pico: Path, rows: Path, tmp_path: P
     assert outcome(tmp_path / "b")[2]["learning_rate"] == 1e-3
 
 
+def test_a_gradient_that_is_no_number_reaches_no_weight(
+    pico: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the third step the loss is as always and its gradient is not: what was committed before stays sound."""
+    request, calls, loss = finetune_request(pico, rows, commit_seconds=-1), [], child.answer_loss
+
+    def poisoned(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.append(len(batch["input_ids"]))
+        zero = sum(weight.sum() for weight in model.parameters() if weight.requires_grad) * 0.0
+        return loss(model, batch) + (zero.sqrt() if len(calls) == 3 else zero)
+
+    monkeypatch.setattr(child, "answer_loss", poisoned)
+    request["runtime"]["micro_batch"] = request["batch"]
+    with pytest.raises(GateError, match=r"loss or its gradient is not finite at step 3 with finetune\.learning_rate"):
+        finetune(request, tmp_path, quiet)
+    (part,) = Path(request["parts"]).iterdir()
+    state = load_file(part)
+    assert {float(tensor) for name, tensor in state.items() if name.startswith("step ")} == {2.0}
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
 def test_of_several_learning_rates_the_one_with_the_lower_validation_loss_is_taken(
     pico: Path, rows: Path, tmp_path: Path
 ) -> None:

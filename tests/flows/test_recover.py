@@ -17,6 +17,7 @@ from flows.plan import build_plan
 from flows.recover import run_stage
 from tasks.domain.errors import ArtifactError, ConfigError
 from tasks.domain.recipe import load_preset
+from tasks.domain.stage import json_lines
 from tasks.store.artifacts import ArtifactStore
 from tests.conftest import ROOT
 from tests.tiny_data import write_data_root, write_preset
@@ -95,7 +96,7 @@ def test_every_artifact_has_a_manifest_and_holds_what_it_should(first: dict[str,
         assert (folders[name] / "README.md").exists() or name == "model"
     assert (folders["finetune sdd"] / "adapter_config.json").exists()
     assert {p.name for p in folders["evaluate sdd gsm8k"].iterdir()} == {"results.json", "samples_gsm8k.jsonl"}
-    rows = [json.loads(line) for line in (folders["distil"] / "rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in json_lines(folders["distil"] / "rows.jsonl")]
     assert all(
         row.keys() >= {"id", "prompt", "reference", "rewrite", "outcome", "reason", "answer", "source"} for row in rows
     )

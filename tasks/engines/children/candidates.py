@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from tasks.domain.stage import json_lines
 from tasks.engines.children.blocks import bypassed, decoder_blocks
 from tasks.engines.children.border import Report, device_of, serve
 
@@ -16,7 +17,7 @@ from tasks.engines.children.border import Report, device_of, serve
 def candidates(request: dict[str, Any], out: Path, report: Report) -> None:
     """request: checkpoint, tokens (file of the score's samples), dtype, starts, count. Writes candidates.json."""
     device = device_of(request["runtime"])
-    samples = [json.loads(line) for line in Path(request["tokens"]).read_text().splitlines()]
+    samples = [json.loads(line) for line in json_lines(Path(request["tokens"]))]
     model = AutoModelForCausalLM.from_pretrained(request["checkpoint"], dtype=getattr(torch, request["dtype"]))
     model = model.to(device).eval()
     blocks = decoder_blocks(model, model.config.get_text_config().num_hidden_layers)

@@ -13,6 +13,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from tasks.algorithms.prompts import Message, prompt_ids
 from tasks.algorithms.rewrites import FINAL_ANSWER, Rule, rejection
+from tasks.domain.stage import json_lines
 from tasks.engines.children.border import Report, serve, vllm_options
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
@@ -26,7 +27,7 @@ def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
 
     Writes <parts>/<name>.jsonl for every shard, whole or not at all, as soon as its last row is decided.
     """
-    lines = Path(request["rows"]).read_text().splitlines()
+    lines = json_lines(Path(request["rows"]))
     shards = [_Shard(name, [json.loads(line) for line in lines[first:end]]) for name, first, end in request["shards"]]
     llm = LLM(model=request["checkpoint"], **vllm_options(request))
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()

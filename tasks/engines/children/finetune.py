@@ -14,18 +14,24 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from tasks.algorithms.prompts import training_ids
 from tasks.domain.errors import DataError, GateError
+from tasks.domain.stage import json_lines
 from tasks.engines.children import ranks
 from tasks.engines.children.border import Report, device_of, serve
 
 IGNORED = -100  # label that bears no loss
 MAX_GRADIENT_NORM = 1.0
 SEED_STRIDE = 1_000_003
+
+# On Hopper its backward pass gives NaN for masked sequences of 128 k + 64 tokens (pytorch/pytorch#196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 Example = dict[str, list[int]]
 Batch = dict[str, torch.Tensor]
@@ -59,7 +65,10 @@ def train(request: dict[str, Any], out: Path, report: Report) -> None:
             best = training
     assert best is not None
     if not math.isfinite(best.entries[-1].get("loss", 0.0)):
-        raise GateError(f"the loss is not finite at step {best.step} with finetune.learning_rate={best.rate}; lower it")
+        raise GateError(
+            f"the loss or its gradient is not finite at step {best.step} with "
+            f"finetune.learning_rate={best.rate}; lower it"
+        )
     best.save(out)
     if ranks.rank() == 0:
         (out / "tokens.json").write_text(json.dumps(examples.counts | best.counts()))
@@ -85,7 +94,7 @@ def read_examples(request: dict[str, Any], tokenizer: Any) -> Examples:
     found = Examples(epochs=request["epochs"])
     fields = ("answer", "reference")
     rows: list[tuple[str, dict[str, tuple[list[int], int]]]] = []
-    for line in Path(request["rows"]).read_text().splitlines():
+    for line in json_lines(Path(request["rows"])):
         row = json.loads(line)
         if row["outcome"] == "failed":
             found.counts["failed"] += 1
@@ -233,7 +242,9 @@ class _Training:
                 loss = answer_loss(self.model, batch) * weight / count
             loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT_NORM)
+        if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
+            return math.nan  # before it reaches weights, which the next commit would keep
         self.optimizer.step()
         self.optimizer.zero_grad()
         return ranks.summed(float(total), self.device)
@@ -309,7 +320,11 @@ def _model(request: dict[str, Any]) -> Any:
         r=request["rank"], lora_alpha=request["alpha"], lora_dropout=request["dropout"], task_type="CAUSAL_LM",
         target_modules=targets if isinstance(targets, str) else list(targets),
     )  # fmt: skip
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    for layer in adapted.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False  # autocast does it, without a float32 copy through the dropout
+    return adapted
 
 
 if __name__ == "__main__":
