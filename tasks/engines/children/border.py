@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from tasks.domain.errors import OutOfMemory, PipelineError
+from tasks.domain.errors import OutOfMemory, PipelineError, disk_full
 
 Report = Callable[[float, str], None]
 
@@ -36,9 +37,12 @@ def serve(run: Callable[[dict[str, Any], Path, Report], None]) -> None:
             say(error=type(error).__name__, text=str(error))
             sys.exit(1)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if full := disk_full(error, {"SDD_MIRROR": out, "TMPDIR": Path(tempfile.gettempdir())}):
+                say(error=type(full).__name__, text=str(full))
+            elif _is_out_of_memory(error):
+                say(error=OutOfMemory.__name__, text=f"{type(error).__name__}: {error}")
+            else:
                 raise
-            say(error=OutOfMemory.__name__, text=f"{type(error).__name__}: {error}")
             sys.exit(1)
 
 
