@@ -16,6 +16,8 @@ from tasks.materialise import Ref, folder_of, materialise, parts_of
 from tasks.model import checkpoint_facts
 from tasks.policies import STAGE
 
+COMMIT_SECONDS = 120  # a killed training repeats at most about so much
+
 
 @task(task_run_name="finetune {stage.slug}", **STAGE)
 def finetune(stage: Stage, pruned: Ref, distilled: Ref, settings: Finetune, runtime: Runtime) -> State[Ref]:
@@ -30,7 +32,8 @@ def finetune(stage: Stage, pruned: Ref, distilled: Ref, settings: Finetune, runt
         with parts_of("finetune", progress, states, shared=False) as (parts, committing):
             request = {
                 "checkpoint": str(folder_of(pruned)), "rows": str(folder_of(distilled) / "rows.jsonl"),
-                "answers": stage.recipe["answers"], "parts": str(parts), "name": stage.key, **settings.model_dump(),
+                "answers": stage.recipe["answers"], "parts": str(parts), "name": stage.key,
+                "commit_seconds": COMMIT_SECONDS, **settings.model_dump(),
             }  # fmt: skip
             run_child("finetune", request, out, runtime, committing)
         return dict(json.loads((out / "tokens.json").read_text()))

@@ -25,14 +25,14 @@ from tasks.engines.children.border import Report, device_of, serve
 IGNORED = -100  # label that bears no loss
 MAX_GRADIENT_NORM = 1.0
 SEED_STRIDE = 1_000_003
-COMMIT_SECONDS = 120  # a killed run repeats at most about so much
 
 Example = dict[str, list[int]]
 Batch = dict[str, torch.Tensor]
 
 
 def finetune(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, rows (file), answers ("answer" or "reference"), parts (folder), and the recipe's fields.
+    """request: checkpoint, rows (file), answers ("answer" or "reference"), parts (folder of the states from which a
+    training goes on), commit_seconds (from one writing of a state to the next), and the recipe's fields.
 
     Writes a peft adapter folder (method "full": a checkpoint), loss.jsonl (step, loss, learning rate; step and
     validation_loss once an epoch) and tokens.json (what was trained on).
@@ -171,7 +171,7 @@ class _Training:
             self.scheduler.step()
             if self.examples.validation and (self.step % self.per_epoch == 0 or self.step == self.steps):
                 self._validate()
-            if time.monotonic() - committed > COMMIT_SECONDS or self.step == self.steps:
+            if time.monotonic() - committed > self.request["commit_seconds"] or self.step == self.steps:
                 self._commit()
                 committed = time.monotonic()
             report(self.step / self.steps, f"step {self.step} of {self.steps}, loss {loss:.3f}")
