@@ -67,7 +67,7 @@ def compared(point: tuple[int, int, int | None], folder: Path) -> Iterator[dict[
     """One line a model of a run's report."""
     report = json.loads((folder / "report.json").read_text())
     for model in report["models"]:
-        low, high = model["interval"]
+        low, high = model["interval"] or (None, None)
         yield {
             "blocks": point[0], "seed": point[1], "rows": report["dataset"]["rows"], "model": model["role"],
             **{name: model[name] for name in MEASURES}, "interval_low": low, "interval_high": high,

@@ -16,7 +16,7 @@ from tasks.materialise import Ref, folder_of, materialise, parts_of
 from tasks.model import checkpoint_facts
 from tasks.policies import STAGE
 
-COMMIT_SECONDS = 120  # a killed run repeats at most about so much
+COMMIT_SECONDS = 120  # a killed training repeats at most about so much
 
 
 @task(task_run_name="finetune {stage.slug}", **STAGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.events import emit_event
 
 from tasks.algorithms.recovery import (
+    Estimate,
     Scores,
     above_chance,
     average,
@@ -29,7 +31,7 @@ from tasks.domain.recipe import LOW_RECOVERY, Preset
 from tasks.domain.stage import json_lines
 from tasks.evaluate import item_scores
 from tasks.materialise import Ref, folder_of
-from tasks.report_page import render
+from tasks.report_page import interval, percent, render
 from tasks.store.artifacts import ArtifactStore, code_commit
 from tasks.store.sources import model_revision
 
@@ -87,15 +89,23 @@ def write_report(
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     uri = ArtifactStore.from_environment().upload_report(folder, run_id)
     _show(report, uri)
-    recovered = report["models"][-1]["recovered_percent"]
-    if preset.runtime.alert_below is not None and recovered < preset.runtime.alert_below:
+    _alert(preset.runtime.alert_below, report["models"][-1], run_id, uri)
+    return str(folder)
+
+
+def _alert(below: float | None, model: Mapping[str, Any], run_id: str, uri: str) -> None:
+    """Tell the operator who asked for it of a recovery that is too low, or that nobody knows."""
+    recovered = model["recovered_percent"]
+    if below is not None and (recovered is None or recovered < below):
         emit_event(
             LOW_RECOVERY,
             resource={"prefect.resource.id": f"prefect.flow-run.{run_id}"},
             related=[{"prefect.resource.id": "prefect.tag.sdd", "prefect.resource.role": "tag"}],
-            payload={"recovered_percent": recovered, "alert_below": preset.runtime.alert_below, "report": uri},
-        )
-    return str(folder)
+            payload={
+                "recovered_percent": recovered, "recovery_note": model["recovery_note"], "alert_below": below,
+                "report": uri,
+            },
+        )  # fmt: skip
 
 
 def compare_arms(sdd: Scores, sft: Scores) -> dict[str, Any]:
@@ -129,8 +139,9 @@ def _model(
             name: found and {"percent": found.value, "interval": [found.low, found.high]}
             for name, found in recovered_by_task(items[role], items["unpruned"]).items()
         },
-        "recovered_percent": recovered.value,
-        "interval": [recovered.low, recovered.high],
+        "recovered_percent": _value(recovered),
+        "interval": _interval(recovered),
+        "recovery_note": recovered.note or None,
     }
 
 
@@ -142,11 +153,20 @@ def _beyond_the_average(
     corrected = chance_corrected_percent(items[role], items["unpruned"], chance, known) if known else None
     drift = stages[f"drift {role}"]["facts"] if f"drift {role}" in stages else {}
     return {
-        "chance_corrected_percent": corrected and corrected.value,
-        "chance_corrected_interval": corrected and [corrected.low, corrected.high],
+        "chance_corrected_percent": corrected and _value(corrected),
+        "chance_corrected_interval": corrected and _interval(corrected),
+        "chance_corrected_note": corrected and (corrected.note or None),
         "lambada": refs[LAMBADA]["facts"]["value"] if LAMBADA in refs else None,
         **{name: drift.get(name) for name in ("perplexity", "kl_to_unpruned", "own_logprob")},
     }
+
+
+def _value(estimate: Estimate) -> float | None:
+    return None if math.isnan(estimate.value) else estimate.value
+
+
+def _interval(estimate: Estimate) -> list[float] | None:
+    return None if math.isnan(estimate.low) else [estimate.low, estimate.high]
 
 
 def _details(preset: Preset, stages: Mapping[str, Ref]) -> dict[str, Any]:
@@ -197,7 +217,7 @@ def _show(report: dict[str, Any], uri: str) -> None:
             "model": model["role"],
             **{name: f"{score['value']:.3f} ± {score['stderr']:.3f}" for name, score in model["scores"].items()},
             "average": f"{model['average']:.4f}",
-            "recovered": f"{model['recovered_percent']:.1f} % [{model['interval'][0]:.1f}, {model['interval'][1]:.1f}]",
+            "recovered": f"{percent(model['recovered_percent'])} {interval(model['interval'])}".strip(),
             "above chance": _optional(model["chance_corrected_percent"], "{:.1f} %"),
             "LAMBADA": _optional(model["lambada"], "{:.3f}"),
             "perplexity": _optional(model["perplexity"], "{:.2f}"),

@@ -147,13 +147,9 @@ def figures(report: Mapping[str, Any]) -> list[Figure]:
     """The row of headline figures."""
     models = {model["role"]: model for model in report["models"]}
     recovered = [
-        Figure(
-            f"{SHORT[role]} recovered",
-            percent(models[role].get("recovered_percent")) if role in models else NONE,
-            f"95 % interval {bounds}" if (bounds := interval(models.get(role, {}).get("interval"))) else "",
-            role,
-        )
+        Figure(f"{SHORT[role]} recovered", percent(model.get("recovered_percent")), _certainty(model), role)
         for role in ("sdd", "sft", "pruned")
+        for model in [models.get(role, {})]
     ]
     before, after = report["model"]["parameters"], report["pruned"]["parameters"]
     smaller = share(before - after, before)
@@ -162,6 +158,11 @@ def figures(report: Mapping[str, Any]) -> list[Figure]:
         Figure("Parameters", shrunk(before, after), f"{percent(smaller)} fewer"),
         Figure("FLOPs saved", percent(report["pruned"]["flops_saved_percent"]), "of the matrix FLOPs a token"),
     ]
+
+
+def _certainty(model: Mapping[str, Any]) -> str:
+    bounds = interval(model.get("interval"))
+    return f"95 % interval {bounds}" if bounds else model.get("recovery_note") or ""
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ class Beyond:
     columns: list[tuple[str, str]]
     rows: list[tuple[str, list[tuple[str, str]]]]  # role, (value, interval) of each column
     left_out: list[str]
+    notes: list[str]  # what is not known of a measure, and why
 
 
 def beyond_the_average(report: Mapping[str, Any]) -> Beyond:
@@ -249,7 +251,8 @@ def beyond_the_average(report: Mapping[str, Any]) -> Beyond:
 
     left_out = [TASKS.get(task, task) for task in report.get("chance", {}).get("left_out", [])]
     columns = [(heading, unit) for _, heading, unit, _, _ in taken]
-    return Beyond(columns, [(model["role"], cells(model)) for model in models], left_out)
+    notes = {note: None for model in models if (note := model.get("chance_corrected_note"))}  # in order, each once
+    return Beyond(columns, [(model["role"], cells(model)) for model in models], left_out, [*notes])
 
 
 # Recovery of each task

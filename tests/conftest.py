@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,20 @@ def stack() -> Iterator[dict[str, str]]:
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of six blocks, tied embeddings, and a tokenizer trained on the pocket pairs."""
     return build_pico(tmp_path_factory.mktemp("pico"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB, to be mounted by root; `enlarge` makes room on it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # lazy: the mirror's locks are held to the end
+
+
+def enlarge(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
 
 
 def build_pico(folder: Path, **changes: Any) -> Path:

@@ -6,6 +6,7 @@ interval comes from a paired bootstrap: items are drawn with replacement within 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +18,17 @@ Scores = Mapping[str, NDArray[np.float64]]  # task -> score of each item
 REPLICATES = 2000
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959964  # of CONFIDENCE, two-sided
+NOTHING = 1e-9  # an average that is 0 but for rounding
 
 
 @dataclass(frozen=True)
 class Estimate:
+    """A value with its interval; nan where there is none, and `note` says why."""
+
     value: float
     low: float
     high: float
+    note: str = ""
 
 
 def mean_and_error(items: NDArray[np.float64]) -> tuple[float, float]:
@@ -38,19 +43,15 @@ def average(scores: Scores) -> float:
 
 
 def recovered_percent(model: Scores, unpruned: Scores, seed: int = 0) -> Estimate:
-    """100 * average(model) / average(unpruned) with its paired bootstrap interval."""
+    """100 * average(model) / average(unpruned) with its paired bootstrap interval, as far as they are defined."""
     draws = bootstrap_averages({"model": model, "unpruned": unpruned}, seed)
-    return _estimate(100 * (average(model) / average(unpruned)), 100 * (draws["model"] / draws["unpruned"]))
+    return _percent(average(model), average(unpruned), draws["model"], draws["unpruned"], "scores 0")
 
 
 def recovered_by_task(model: Scores, unpruned: Scores, seed: int = 0) -> dict[str, Estimate | None]:
-    """The same of each task alone; None where the unpruned model is right so rarely that a draw may have no ratio."""
-    found: dict[str, Estimate | None] = {}
-    for task in unpruned:
-        one, other = {task: model[task]}, {task: unpruned[task]}
-        measurable = bootstrap_averages({"unpruned": other}, seed)["unpruned"].min() > 0
-        found[task] = recovered_percent(one, other, seed) if measurable else None
-    return found
+    """The same of each task alone; None where the unpruned model is right so rarely that there is no interval."""
+    found = {task: recovered_percent({task: model[task]}, {task: unpruned[task]}, seed) for task in unpruned}
+    return {task: None if math.isnan(estimate.low) else estimate for task, estimate in found.items()}
 
 
 def above_chance(unpruned: Scores, chance: Mapping[str, float]) -> list[str]:
@@ -69,9 +70,10 @@ def chance_corrected_percent(
     level = float(np.mean([chance[task] for task in tasks]))
     chosen = {name: {task: scores[task] for task in tasks} for name, scores in (("m", model), ("u", unpruned))}
     draws = bootstrap_averages(chosen, seed)
-    value = (average(chosen["m"]) - level) / (average(chosen["u"]) - level)
-    # x / x is 1, 100 * x / x may not be 100.
-    return _estimate(100 * value, 100 * ((draws["m"] - level) / (draws["u"] - level)))
+    return _percent(
+        average(chosen["m"]) - level, average(chosen["u"]) - level, draws["m"] - level, draws["u"] - level,
+        "does not beat guessing",
+    )  # fmt: skip
 
 
 def difference(first: Scores, second: Scores, seed: int = 0) -> Estimate:
@@ -98,6 +100,21 @@ def bootstrap_averages(models: Mapping[str, Scores], seed: int) -> dict[str, NDA
             for name, value in zip(models, drawn, strict=True):
                 totals[name][replicate] += value / len(tasks)
     return totals
+
+
+def _percent(part: float, whole: float, parts: NDArray[np.float64], wholes: NDArray[np.float64], lack: str) -> Estimate:
+    """100 * part / whole, the interval from those draws whose whole is above 0, if at least CONFIDENCE of them are.
+
+    lack: what the unpruned model does where there is no ratio.
+    """
+    if whole <= NOTHING:
+        return Estimate(math.nan, math.nan, math.nan, f"the unpruned model {lack}: there is nothing to recover")
+    usable = wholes > NOTHING
+    percent = 100 * (part / whole)  # x / x is 1, 100 * x / x may not be 100
+    if usable.mean() < CONFIDENCE:
+        rate = f"in {100 * (1 - usable.mean()):.0f} % of the bootstrap's draws"
+        return Estimate(percent, math.nan, math.nan, f"no interval: {rate} the unpruned model {lack}; score more items")
+    return _estimate(percent, 100 * (parts[usable] / wholes[usable]))
 
 
 def _estimate(value: float, draws: NDArray[np.float64]) -> Estimate:

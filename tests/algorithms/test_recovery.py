@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 
 import numpy as np
@@ -190,6 +191,54 @@ def test_each_task_recovers_by_itself() -> None:
     for task in unpruned:
         assert found[task] == recovered_percent({task: model[task]}, {task: unpruned[task]})
         assert found[task] is not None and found[task].low < found[task].value < found[task].high  # type: ignore[union-attr]
+
+
+def test_without_a_right_answer_of_the_unpruned_model_there_is_no_recovery() -> None:
+    found = recovered_percent({"a": items(1, 0), "b": items(0)}, {"a": items(0, 0), "b": items(0)})
+    assert all(map(math.isnan, (found.value, found.low, found.high)))
+    assert found.note == "the unpruned model scores 0: there is nothing to recover"
+    level = chance_corrected_percent({"a": items(1, 0)}, {"a": items(1, 0)}, {"a": 0.5}, ["a"])
+    assert math.isnan(level.value) and level.note.startswith("the unpruned model does not beat guessing")
+
+
+@pytest.mark.parametrize("right", [1, 2, 3])
+def test_an_interval_is_that_of_the_draws_with_a_ratio_if_nearly_all_have_one(
+    right: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five items so many are right: every possible draw says how often there is no ratio, and the interval."""
+    monkeypatch.setattr(recovery, "REPLICATES", 20_000)
+    unpruned = {"a": items(*[1.0] * right, *[0.0] * (5 - right))}
+    model = {"a": items(0.9, 0.2, 0.4, 0.7, 0.3)}
+    outcomes = every_draw([model, unpruned])
+    ratios = sorted(100 * part / whole for part, whole in outcomes if whole)
+    lost = 1 - len(ratios) / len(outcomes)
+    found = recovered_percent(model, unpruned)
+    assert found.value == pytest.approx(100 * 0.5 / (right / 5)), "known whatever the draws"
+    if lost > 0.05:
+        assert math.isnan(found.low) and math.isnan(found.high)
+        percent = int(found.note.removeprefix("no interval: in ").split(" %")[0])
+        assert percent == pytest.approx(100 * lost, abs=1.5)
+    else:
+        assert lost > 0 and not found.note
+        assert found.low == pytest.approx(ratios[int(0.025 * len(ratios))], rel=0.03)
+        assert found.high == pytest.approx(ratios[int(0.975 * len(ratios))], rel=0.03)
+    assert (recovered_by_task(model, unpruned)["a"] is None) == (lost > 0.05)
+
+
+@pytest.mark.parametrize("chance", [0.2, 0.3, 0.4])
+def test_draws_at_chance_have_no_ratio_above_it(chance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws in which the unpruned model answers just as guessing does, or worse, would divide by 0 or turn the sign."""
+    monkeypatch.setattr(recovery, "REPLICATES", 20_000)
+    unpruned, model = {"a": items(1, 1, 1, 1, 0)}, {"a": items(1, 0.5, 0.5, 1, 0.4)}
+    outcomes = every_draw([model, unpruned])
+    ratios = sorted(100 * (part - chance) / (whole - chance) for part, whole in outcomes if whole > chance + 1e-6)
+    found = chance_corrected_percent(model, unpruned, {"a": chance}, ["a"])
+    assert found.value == pytest.approx(100 * (0.68 - chance) / (0.8 - chance))
+    if len(ratios) < 0.95 * len(outcomes):
+        assert math.isnan(found.low) and "draws the unpruned model does not beat guessing" in found.note
+    else:
+        assert found.low == pytest.approx(ratios[int(0.025 * len(ratios))], abs=2)
+        assert found.high == pytest.approx(ratios[int(0.975 * len(ratios))], abs=2)
 
 
 def test_tasks_at_chance_are_those_whose_interval_reaches_it() -> None:

@@ -528,8 +528,8 @@ def training_row(number: int, answer: str, reference: str, **fields: Any) -> dic
 def finetune_request(checkpoint: Path, rows: Path, answers: str = "answer", **fields: Any) -> dict[str, Any]:
     recipe = Finetune(rank=4, alpha=8, learning_rate=5e-3, epochs=8, batch=4, max_length=64).model_dump()
     return {"checkpoint": str(checkpoint), "rows": str(rows), "answers": answers, "runtime": RUNTIME.model_dump(),
-            "parts": tempfile.mkdtemp(prefix="sdd-parts-"), "name": "state",
-            "commit_seconds": END_OF_TIMES, **recipe, **fields}  # fmt: skip
+            "parts": tempfile.mkdtemp(prefix="sdd-parts-"), "name": "state", "commit_seconds": END_OF_TIMES,
+            **recipe, **fields}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,14 @@ from prefect.runtime import flow_run
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from tasks.domain.errors import ConfigError
+from tasks.domain.recipe import Runtime
 from tasks.domain.stage import Stage
-from tasks.engines.child import Progress
+from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise, progress_artifact, transfer
 from tasks.policies import STAGE, free_engine_slots, provide_engine_slots
 from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore
+from tests.conftest import enlarge
 from tests.store.conftest import FILES, contents, objects, produced
 
 ROWS = Stage("rows", 1, {"seed": 0}, slug="pico")
@@ -111,6 +114,36 @@ def test_a_bad_artifact_is_made_again_within_the_run_that_needs_it(store: Artifa
     shutil.rmtree(store.mirror)
     assert contents(folder_of(pipeline(1)[0])) == FILES
     assert not computed
+
+
+def test_an_engine_that_fills_the_disk_is_not_retried_and_goes_on_once_there_is_room(
+    store: ArtifactStore, pico: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real child writes a checkpoint of 1 MB where half of that is free."""
+    monkeypatch.setenv("SDD_MIRROR", str(small_disk / "mirror"))
+    (small_disk / "other").write_bytes(bytes(3 * 2**19))
+
+    @task(**STAGE)
+    def merge() -> State[Ref]:
+        def produce(out: Path, progress: Progress) -> dict[str, Any]:
+            computed.append("merge")
+            run_child("merge", {"checkpoint": str(pico), "adapter": str(pico)}, out, Runtime(device="cpu"), progress)
+            return {}
+
+        return materialise(ROWS, produce, engine=True)
+
+    @flow(persist_result=False)
+    def run() -> Ref:
+        provide_engine_slots(1)
+        ref: Ref = merge.submit().result()
+        return ref
+
+    with pytest.raises(ConfigError, match=rf"no space left on the disk of SDD_MIRROR, in {small_disk}/mirror/.*; free"):
+        run()
+    assert computed == ["merge"] and not objects(store)
+    enlarge(small_disk)
+    assert (folder_of(run()) / "model.safetensors").stat().st_size > 2**19
+    assert computed == ["merge", "merge"]
 
 
 def test_a_long_transfer_moves_the_bar_on_the_runs_page(stack: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
-"""Whole runs killed with -9 while rows are being generated, and runs at the same time: no work is done twice."""
+"""Runs whose processes are killed with -9, and runs at the same time: no work is done twice, and no report differs."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -50,6 +53,43 @@ def generate():
     tasks.distil.distil(plan.distilled, model, rows, preset.distil, preset.runtime)
 generate()
 """
+
+# `python -m flows.recover` with engine slots of its own, as on a machine of its own, and short pauses.
+RECOVER = """
+import os, sys
+import tasks.policies, tasks.store.lease
+tasks.policies.ENGINE_SLOTS += f"-{os.getpid()}"
+tasks.policies.STAGE["retry_delay_seconds"] = 0.1
+tasks.store.lease.LEASE_SECONDS = 10.0
+from flows.recover import main
+sys.exit(main())
+"""
+
+# In every Python process: an engine child notes that it was started, and the first of its kind kills itself with -9
+# as soon as it has told of its work.
+KILL_ONCE = """
+import json, os, pathlib, signal, sys
+notes, fdopen = pathlib.Path({notes!r}), os.fdopen
+def opened(fd, *arguments, **options):
+    file = fdopen(fd, *arguments, **options)
+    if "/engines/children/" in sys.argv[0] and str(fd) == sys.argv[2]:
+        request = json.loads(pathlib.Path(sys.argv[1]).read_text())
+        inputs = [pathlib.Path(request.get(name, "")).name for name in ("checkpoint", "original", "adapter", "answers")]
+        starts = notes / " ".join([pathlib.Path(sys.argv[0]).stem, *filter(None, inputs)])
+        if not starts.exists():
+            write = file.write
+            def last(text):
+                write(text)
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            file.write = last
+        with starts.open("a") as lines:
+            lines.write("started\\n")
+    return file
+os.fdopen = opened
+"""
+ENGINES = ["distil", *["evaluate"] * 4, *["finetune"] * 2, *["merge"] * 2, "score", "verify"]
+SAME = ("model", "span", "pruned", "dataset", "chance", "difference", "training", "models")
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +176,55 @@ def test_engines_side_by_side_write_the_same_dataset(
     output = end(start(GENERATE, generation, *settings, SDD_STORE=root, SDD_MIRROR=str(data / f"engines-{engines}")))
     assert len(set(re.findall(r"rewrites accepted by engine \d", output))) == engines
     assert dataset(generation, 4 * SHARD, root, data / "reader") == together[1]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, pico: Path) -> str:
+    """Every stage but the drift, with one task on the quicker backend."""
+    evaluate = {
+        "backend": "hf", "dtype": "float32", "max_length": 1024, "tasks": {"arc_challenge": {"shots": 1, "limit": 4}},
+    }  # fmt: skip
+    return str(write_preset(data / "whole.yaml", pico, evaluate=evaluate))
+
+
+@pytest.fixture(scope="module")
+def twins(whole: str, data: Path) -> list[dict[str, Any]]:
+    """The reports of two runs of one preset, started at once on two machines."""
+    root = f"s3://sdd/{uuid4().hex}"
+    runs = [start(RECOVER, whole, SDD_STORE=root, SDD_MIRROR=str(data / f"twin-{number}")) for number in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        return [report_of(output) for output in pool.map(end, runs)]
+
+
+def report_of(output: str) -> dict[str, Any]:
+    """Its report.json, with addresses relative to the run's store."""
+    (folder,) = re.findall("^report: (.+)$", output, re.MULTILINE)
+    text = Path(folder, "report.json").read_text()
+    return dict(json.loads(re.sub("s3://sdd/[0-9a-f]{32}/", "", text)))
+
+
+def test_two_runs_of_a_preset_make_each_stage_once(twins: list[dict[str, Any]]) -> None:
+    one, other = twins
+    caches = {
+        stage["name"]: {stage["cache"], twin["cache"]}
+        for stage, twin in zip(one["stages"], other["stages"], strict=True)
+    }
+    assert all(cache == {"hit", "miss"} for cache in caches.values()), caches
+    assert {name: one[name] for name in SAME} == {name: other[name] for name in SAME}
+
+
+def test_a_run_whose_every_engine_was_killed_once(twins: list[dict[str, Any]], whole: str, data: Path) -> None:
+    """Each is killed at work and started once more, and the report is that of the runs that nobody disturbed."""
+    site, notes = data / "site", data / "notes"
+    site.mkdir()
+    notes.mkdir()
+    (site / "sitecustomize.py").write_text(KILL_ONCE.format(notes=str(notes)))
+    store = {"SDD_STORE": f"s3://sdd/{uuid4().hex}", "SDD_MIRROR": str(data / "engines-killed")}
+    output = end(start(RECOVER, whole, PYTHONPATH=str(site), **store))
+    assert output.count("was ended by SIGKILL") >= len(ENGINES)
+    starts = {path.name: path.read_text().splitlines() for path in notes.iterdir()}
+    assert sorted(name.split()[0] for name in starts) == ENGINES
+    assert all(len(lines) == 2 for lines in starts.values()), starts
+    report = report_of(output)
+    assert {stage["cache"] for stage in report["stages"]} == {"miss"}
+    assert {name: report[name] for name in SAME} == {name: twins[0][name] for name in SAME}

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,15 @@ from fsspec import get_filesystem_class
 
 from deployments import local
 from tasks.domain.errors import ConfigError
-from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Quarantined
-from tasks.store.housekeeping import faults
+from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Manifest, Quarantined
+from tasks.store.housekeeping import faults, manifests
 from tasks.store.mirror import sha256_of
 from tasks.store.parts import Parts
-from tests.conftest import ROOT
+from tests.conftest import ROOT, enlarge
 from tests.store.conftest import FILES, contents, objects, produced, stage
 
 MB = 2**20
+SLOW_SECONDS = 0.3  # until a slow server begins to answer
 BIG = {"weights.bin": bytes(range(256)) * (12 * MB // 256), "rows.jsonl": b'{"id": 1}\n'}
 
 # Publishes stage(rows=N), and kills itself with -9 before its N-th step, or ends with 0 where there are fewer.
@@ -127,7 +130,6 @@ for number in itertools.count(1):
 """
 
 
-@pytest.mark.parametrize("store", ["s3", "file"], indirect=True)
 def test_a_publisher_stopped_at_any_point_changes_nothing_that_was_made_meanwhile(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +293,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "throttled":
             text = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
             return self.reply(503, {"Content-Type": "application/xml"}, text)
+        if fault == "slow":
+            time.sleep(SLOW_SECONDS)
         upstream = http.client.HTTPConnection(self.server.target, timeout=30)
         upstream.request(self.command, self.path, body, dict(self.headers))
         got = upstream.getresponse()
@@ -306,14 +310,17 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "broken off":
             content = content[: len(content) // 2]
             self.close_connection = True
-        return self.reply(got.status, headers, content)
+        return self.reply(got.status, headers, content, pieces=4 if fault == "slow" else 1)
 
-    def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+    def reply(self, status: int, headers: dict[str, str], content: bytes, pieces: int = 1) -> None:
         self.send_response_only(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        size = len(content) // pieces + 1
+        for start in range(0, len(content), size):
+            time.sleep(SLOW_SECONDS / 4 if start else 0)
+            self.wfile.write(content[start : start + size])
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 
@@ -356,6 +363,42 @@ def test_throttling_is_waited_out(proxy: Proxy, tmp_path: Path, monkeypatch: pyt
     proxy.fault, refused = first(11, "GET", "rows.jsonl", "throttled")
     assert contents(ArtifactStore(store.root, tmp_path / "reader").fetch(published)) == FILES
     assert len(refused) == 11
+
+
+def test_a_slow_server_costs_time_and_nothing_else(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Publishing takes longer than a lease without a heartbeat lasts, while a second run waits to take it over."""
+    monkeypatch.setattr("tasks.store.lease.LEASE_SECONDS", 10 * SLOW_SECONDS)
+    monkeypatch.setattr("tasks.store.lease.POLL_SECONDS", 0.05)
+    root, seen, made = f"s3://sdd/{uuid4().hex}", list[tuple[str, str]](), list[str]()
+
+    def slow(method: str, path: str) -> str:
+        seen.append((method, path.split("?")[0].removeprefix(root.removeprefix("s3:/") + "/")))
+        return "slow"
+
+    def publish(by: str) -> Manifest:
+        store = ArtifactStore(root, tmp_path / by)
+        with store.lease(stage()) as lease:
+            if standing := store.find(stage()):
+                return standing
+            made.append(by)
+            return store.publish(stage(), produced(tmp_path / f"{by}-out"), {"by": by}, 0, lease)
+
+    with ArtifactStore(root, tmp_path / "first").lease(stage()):  # makes the bucket
+        pass
+    proxy.fault = slow
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(publish, ("one", "two"))
+    assert len(made) == 1 and first == second and first.facts == {"by": made[0]}
+    for name in [*FILES, MANIFEST]:
+        assert seen.count(("PUT", f"{stage().address}/{name}")) == 1, f"{name} was sent more than once"
+    seen.clear()
+    reader = ArtifactStore(root, tmp_path / "reader")
+    assert contents(reader.fetch(first)) == FILES
+    assert [method for method, path in seen if path.endswith("weights.bin")].count("GET") == 1
+    assert objects(reader) == {f"{stage().address}/{name}" for name in [*FILES, MANIFEST]}
+    assert [*faults(reader, first)] == []
 
 
 @pytest.mark.parametrize("ending", ["rows.jsonl", MANIFEST, LEASE])
@@ -453,6 +496,15 @@ def test_what_a_plan_asks_for_does_not_grow_with_the_artifacts(proxy: Proxy, tmp
     assert counts == [counts[0]] * 4 and counts[0] <= 6
 
 
+def test_a_list_of_artifacts_costs_one_request_for_each(proxy: Proxy, tmp_path: Path) -> None:
+    store, seen = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror"), list[str]()
+    published = [store.publish(stage(rows=n), produced(tmp_path / str(n)), {}, 0) for n in range(4)]
+    proxy.fault = lambda method, path: seen.append(method)
+    found = dict(manifests(store, [manifest.address for manifest in published]))
+    assert found == {manifest.address: manifest for manifest in published}
+    assert seen == ["GET"] * 4
+
+
 def test_the_newest_artifact_is_found_whatever_its_note_says(store: ArtifactStore, tmp_path: Path) -> None:
     store.publish(stage(rows=1), produced(tmp_path / "out"), {}, 0)
     for note in (b"rows/gone-0123456789ab", b"other/stage-0123456789ab", b"", b"\xff", b"rows/../../x"):
@@ -461,18 +513,44 @@ def test_the_newest_artifact_is_found_whatever_its_note_says(store: ArtifactStor
         assert reader.newest_change(stage(rows=9)) == ["recipe.rows: 1 -> 9"]
 
 
+LARGE = {"weights.bin": bytes(range(256)) * (3 * MB // 256), "rows.jsonl": b'{"id": 1}\n'}
+
+
 def test_a_full_disk_is_named_and_costs_the_artifact_nothing(
-    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ArtifactStore, tmp_path: Path, small_disk: Path
 ) -> None:
-    published = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
-    reader = ArtifactStore(store.root, tmp_path / "reader")
+    published = store.publish(stage(), produced(tmp_path / "out", LARGE), {}, 0)
+    reader = ArtifactStore(store.root, small_disk / "mirror")
+    with pytest.raises(ConfigError, match=rf"no space left on the disk of SDD_MIRROR, in {small_disk}/mirror \(\d MB"):
+        reader.obtain(stage())
+    assert store.find(stage()) == published and not objects(store, "quarantine")
+    assert not [path for path in small_disk.rglob("*") if path.is_file()], "what was half there makes room"
+    enlarge(small_disk)
+    assert reader.obtain(stage()) == published and contents(reader.fetch(published)) == LARGE
 
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(reader, "_get", full)
-    with pytest.raises(ConfigError, match="no space left on the disk of SDD_MIRROR"):
-        reader.fetch(published)
-    assert store.find(stage()) == published
-    monkeypatch.undo()
-    assert contents(reader.fetch(published)) == FILES
+def test_a_stage_that_fills_the_disk_publishes_nothing(store: ArtifactStore, small_disk: Path) -> None:
+    writer = ArtifactStore(store.root, small_disk / "mirror")
+
+    def make() -> None:
+        with writer.lease(stage()) as lease, writer.staging() as folder:
+            writer.publish(stage(), produced(folder, LARGE), {}, 0, lease)
+
+    with pytest.raises(
+        ConfigError, match=rf"the disk of SDD_MIRROR, in {small_disk}/mirror .* free some, lower SDD_MI"
+    ):
+        make()
+    assert not objects(store)
+    enlarge(small_disk)
+    make()
+    assert contents(writer.fetch(writer.manifest_at(writer.uri(stage())))) == LARGE
+
+
+def test_a_full_folder_store_is_named(tmp_path: Path, small_disk: Path) -> None:
+    store = ArtifactStore(f"file://{small_disk}/store", tmp_path / "mirror")
+    with pytest.raises(ConfigError, match=rf"no space left on the disk of SDD_STORE, in {small_disk}/store"):
+        store.publish(stage(), produced(tmp_path / "out", LARGE), {}, 0)
+    assert store.find(stage()) is None
+    enlarge(small_disk)
+    published = store.publish(stage(), produced(tmp_path / "again", LARGE), {}, 0)
+    assert [*faults(store, published)] == []

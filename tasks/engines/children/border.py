@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from tasks.domain.errors import OutOfMemory, PipelineError
+from tasks.domain.errors import OutOfMemory, PipelineError, disk_full
 
 Report = Callable[[float, str], None]
 Run = Callable[[dict[str, Any], Path, Report], None]
@@ -34,7 +35,8 @@ def serve(run: Run) -> None:
         try:
             run(request, out, lambda done, text: say(done=done, text=text))
         except Exception as error:
-            if not (told := as_told(error)):
+            full = disk_full(error, {"SDD_MIRROR": out, "TMPDIR": Path(tempfile.gettempdir())})
+            if not (told := full or as_told(error)):
                 raise
             say(error=type(told).__name__, text=str(told))
             sys.exit(1)

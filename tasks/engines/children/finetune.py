@@ -38,8 +38,8 @@ Batch = dict[str, torch.Tensor]
 
 
 def finetune(request: dict[str, Any], out: Path, report: Report) -> None:
-    """request: checkpoint, rows (file), answers ("answer" or "reference"), parts (folder), commit_seconds, and the
-    recipe's fields.
+    """request: checkpoint, rows (file), answers ("answer" or "reference"), parts (folder of the states from which a
+    training goes on), commit_seconds (from one writing of a state to the next), and the recipe's fields.
 
     Writes a peft adapter folder (method "full": a checkpoint), loss.jsonl (step, loss, learning rate; step and
     validation_loss once an epoch) and tokens.json (what was trained on). With runtime.finetune_processes above 1 as
