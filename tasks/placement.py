@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefect import Task, task
+from prefect.client.orchestration import get_client
 from prefect.deployments import run_deployment
-from prefect.states import Completed, State
+from prefect.states import Cancelling, Completed, State
 
 from tasks.distil import distil
 from tasks.domain.errors import ArtifactError, ConfigError, EngineError
 from tasks.domain.recipe import Preset, Runtime
 from tasks.domain.stage import KEY_LENGTH, Stage
 from tasks.drift import measure_drift
+from tasks.engines.child import is_stopping, refuse_while_stopping
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
 from tasks.materialise import Ref, ref_of
@@ -28,6 +30,7 @@ from tasks.store.artifacts import ArtifactStore
 Submit = Callable[..., Any]
 Stages = Stage | Mapping[str, Stage]
 
+POLL_SECONDS = 5.0
 ENGINES: tuple[Task[..., Any], ...] = (score_blocks, distil, finetune, evaluate, measure_drift)
 
 
@@ -77,16 +80,22 @@ def run_elsewhere(name: str, stages: Stages, deployment: str, preset: Preset, _i
     """Wait for a run of the deployment that makes this stage, unless its artifact exists; returns its ref or refs.
 
     _inputs: what has to exist before. A run whose worker died is started again; one that failed has had its retries.
+    When this run is stopped, that one is cancelled.
     """
     store = ArtifactStore.from_environment()
     if found := _refs(store, stages):
         return Completed(name="Cached", message=f"{name} exists", data=found)
     parameters = {"preset": preset.model_dump(mode="json"), "name": name, "key": _key(stages)}
-    run = run_deployment(deployment, parameters=parameters)
-    if run.state is None or not run.state.is_completed():
-        why = f"{run.state.name}: {run.state.message}" if run.state else "unknown"
-        crashed = run.state is not None and run.state.is_crashed()
-        raise EngineError(f"{name}: its run {run.name} of {deployment} ended {why}", retryable=crashed)
+    run = run_deployment(deployment, parameters=parameters, timeout=0)
+    with get_client(sync_client=True) as client:
+        while not run.state.is_final():
+            if is_stopping(POLL_SECONDS):
+                client.set_flow_run_state(run.id, Cancelling(message="the run that waits for it is being stopped"))
+                refuse_while_stopping(name)
+            run = client.read_flow_run(run.id)
+    if not run.state.is_completed():
+        why = f"{run.state.name}: {run.state.message}"
+        raise EngineError(f"{name}: its run {run.name} of {deployment} ended {why}", retryable=run.state.is_crashed())
     found = _refs(store, stages, cache="miss")
     if found is None:
         raise ArtifactError(

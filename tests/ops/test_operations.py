@@ -20,6 +20,7 @@ from prefect.states import Cancelling
 from flows.plan import build_plan
 from flows.recover import run_stage
 from tasks.domain.recipe import Preset, load_preset
+from tasks.policies import free_engine_slots
 from tasks.store.artifacts import ArtifactStore
 from tests.conftest import descendants
 from tests.engines.test_memory import FULL
@@ -153,13 +154,17 @@ def test_out_of_memory_is_retried_with_smaller_batches(whole: UUID, preset: Pres
 
 
 @pytest.fixture
-def generating(whole: UUID, preset: Preset) -> dict[str, Any]:
-    """Parameters of a generation that takes two shards and a while."""
-    longer = with_settings(preset, "distil.max_tokens", 96)
-    tree = longer.model_dump(mode="json")
+def longer(whole: UUID, preset: Preset) -> Preset:
+    """With a generation that takes two shards and a while."""
+    tree = with_settings(preset, "distil.max_tokens", 96).model_dump(mode="json")
     for source in tree["dataset"]["sources"]:
         source["rows"] = 150
-    longer = Preset.model_validate(tree)
+    return Preset.model_validate(tree)
+
+
+@pytest.fixture
+def generating(longer: Preset) -> dict[str, Any]:
+    """Parameters of that generation."""
     run_stage(longer, "rows", dict(build_plan(longer).stages())["rows"].key)
     return stage_parameters(longer, "distil")
 
@@ -173,6 +178,24 @@ def test_cancelling_a_run_frees_the_device(generating: dict[str, Any]) -> None:
         final = ended(run)
     assert final.state is not None
     assert final.state.is_cancelled()
+
+
+@pytest.mark.parametrize("deployment", ["recover/demo-cpu", "sweep/grid"])
+def test_cancelling_a_run_cancels_what_it_started(deployment: str, longer: Preset) -> None:
+    """Its runs on the other pool with their engines, and the points of a sweep."""
+    preset = with_settings(longer, "runtime.engines_on", "stage/gpu").model_dump(mode="json")
+    points = {"blocks": [2], "seeds": [0]} if deployment == "sweep/grid" else {}
+    with get_client(sync_client=True) as client, worker("cpu"), worker("gpu") as process:
+        run = start(deployment, preset=preset, **points)
+        (engine,) = eventually(lambda: engines(process.pid), "the engine")
+        started = [r.id for r in client.read_flow_runs() if r.state and r.state.is_running()]
+        client.set_flow_run_state(run, Cancelling())
+        eventually(lambda: not Path(f"/proc/{engine}").exists(), "the end of the engine", 60)
+        assert {str(ended(each).state_name) for each in started} == {"Cancelled"}
+        passed = {state.name for each in started for state in client.read_flow_run_states(each)}
+        assert "Crashed" not in passed, "crashed runs start again"
+        eventually(lambda: free_engine_slots() == longer.runtime.engines, "the engine's slot")
+    assert len(started) == (3 if points else 2)
 
 
 def test_a_dead_worker_costs_a_shard(generating: dict[str, Any]) -> None:
