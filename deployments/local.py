@@ -119,7 +119,8 @@ def _prefect() -> Iterator[dict[str, str]]:
     (STATE / "prefect").mkdir(parents=True, exist_ok=True)
 
     def command(port: int) -> list[str]:
-        return [_tool("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        ui = f"PREFECT_UI_URL=http://127.0.0.1:{port}"  # for the links in notifications
+        return ["env", ui, _tool("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
     with _service("prefect", command, port=4200, health="/api/health", extra=PREFECT_SETTINGS) as url:
         yield {"PREFECT_API_URL": f"{url}/api"}

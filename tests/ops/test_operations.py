@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from uuid import UUID
 
@@ -24,7 +27,7 @@ from tasks.policies import free_engine_slots
 from tasks.store.artifacts import ArtifactStore
 from tests.conftest import descendants
 from tests.engines.test_memory import FULL
-from tests.ops.conftest import command, ended, eventually, kill, read, start, with_settings, worker
+from tests.ops.conftest import command, ended, eventually, kill, read, start, ui_url, with_settings, worker
 
 
 def task_runs(run: UUID) -> dict[str, TaskRun]:
@@ -133,6 +136,48 @@ def test_a_wrong_preset_is_not_retried(operations: Path, preset: Preset) -> None
     assert "prune.blocks=6" in str(final.state.message)
     assert final.run_count == 1
     assert not task_runs(run)
+
+
+@pytest.fixture
+def told(operations: Path) -> Iterator[list[str]]:
+    """What a webhook hears, by the automations that `make deploy` makes with SDD_NOTIFY_URL."""
+    texts: list[str] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server, get_client(sync_client=True) as client:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        command("python", "-m", "deployments.automations", SDD_NOTIFY_URL=url)
+        shown = client.read_block_documents(include_secrets=False)
+        assert "sdd-notify" in str(shown) and url not in str(shown), "whoever knows a webhook's URL may use it"
+        yield texts
+        for automation in client.read_automations():
+            if automation.name.startswith("sdd: tell who"):
+                client.delete_automation(automation.id)
+        server.shutdown()
+
+
+def test_a_webhook_hears_of_failed_runs_and_low_recovery(told: list[str], whole: UUID, preset: Preset) -> None:
+    wrong = with_settings(preset, "prune.blocks", 6)
+    low = with_settings(preset, "runtime.alert_below", 1e6)
+    with worker("cpu"):
+        runs = [start("recover/demo-cpu", preset=each.model_dump(mode="json")) for each in (wrong, low)]
+        failed, recovered = eventually(lambda: sorted(told) if len(told) == 2 else None, "both messages")
+    wrong_run, low_run = (f"{ui_url()}/runs/flow-run/{run}" for run in runs)
+    assert failed.startswith("A run failed\npico-llama minus 6 blocks (pico): ")
+    assert "prune.blocks=6" in failed and failed.endswith(f" {wrong_run}")
+    report = next(Path(os.environ["SDD_STATE"], "reports").glob(f"pico-{str(runs[1])[:8]}/report.json"))
+    percent = round(json.loads(report.read_text())["models"][-1]["recovered_percent"], 1)
+    uri = f"{os.environ['SDD_STORE']}/reports/{runs[1]}"
+    assert recovered == (
+        f"A run recovered too little\npico-llama minus 2 blocks (pico): SDD recovered {percent} %, less than "
+        f"runtime.alert_below=1000000.0; {uri} {low_run}"
+    )
 
 
 @pytest.fixture
