@@ -25,7 +25,14 @@ STARTS = 3  # of one run, the first included
 TERMINAL = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 HEARTBEAT = "prefect.flow-run.heartbeat"
 ANY_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
-BODY = "{{ flow_run.name }}: {{ flow_run.state.name }} {{ flow_run.state.message }} {{ flow_run|ui_url }}"
+TOLD = {  # what a run did -> event, text
+    "failed": ("prefect.flow-run.Failed", "{{ flow_run.name }}: {{ flow_run.state.message }} {{ flow_run|ui_url }}"),
+    "recovered too little": (
+        LOW_RECOVERY,
+        "{{ flow_run.name }}: SDD recovered {{ event.payload.recovered_percent|round(1) }} %, less than "
+        "runtime.alert_below={{ event.payload.alert_below }}; {{ event.payload.report }} {{ flow_run|ui_url }}",
+    ),
+}
 
 
 def automations() -> Iterator[AutomationCore]:
@@ -50,16 +57,16 @@ def automations() -> Iterator[AutomationCore]:
     )  # fmt: skip
     if url := os.environ.get("SDD_NOTIFY_URL"):
         block = CustomWebhookNotificationBlock(
-            name="sdd", url=url, json_data={"text": "{{subject}}\n{{body}}"}, timeout=10
+            name="sdd", url="{{url}}", secrets={"url": url}, json_data={"text": "{{subject}}\n{{body}}"}, timeout=10
         ).save("sdd-notify", overwrite=True)
-        for name, events in {"failed": {"prefect.flow-run.Failed"}, "recovered too little": {LOW_RECOVERY}}.items():
+        for what, (event, body) in TOLD.items():
             yield AutomationCore(
-                name=f"sdd: tell who {name}",
+                name=f"sdd: tell who {what}",
                 trigger=EventTrigger(
                     posture=Posture.Reactive, match=ANY_RUN, match_related=tagged("sdd"),
-                    for_each={"prefect.resource.id"}, expect=events, threshold=1, within=timedelta(0),
+                    for_each={"prefect.resource.id"}, expect={event}, threshold=1, within=timedelta(0),
                 ),
-                actions=[SendNotification(block_document_id=block, subject=f"A run {name}", body=BODY)],
+                actions=[SendNotification(block_document_id=block, subject=f"A run {what}", body=body)],
             )  # fmt: skip
 
 

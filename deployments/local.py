@@ -42,6 +42,7 @@ PREFECT_SETTINGS = {
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
@@ -119,7 +120,8 @@ def _prefect() -> Iterator[dict[str, str]]:
     (STATE / "prefect").mkdir(parents=True, exist_ok=True)
 
     def command(port: int) -> list[str]:
-        return [_tool("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        ui = f"PREFECT_UI_URL=http://127.0.0.1:{port}"  # for the links in notifications
+        return ["env", ui, _tool("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
     with _service("prefect", command, port=4200, health="/api/health", extra=PREFECT_SETTINGS) as url:
         yield {"PREFECT_API_URL": f"{url}/api"}

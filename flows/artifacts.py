@@ -47,7 +47,7 @@ def print_list(store: ArtifactStore, stage: str | None) -> int:
 
 
 def print_one(store: ArtifactStore, name: str) -> int:
-    manifest = store.manifest_at(f"{store.root}/{_entry(store, name).address}")
+    manifest = store.manifest_at(f"{store.root}/{find_entry(store, name).address}")
     print(_line(manifest))
     for file, facts in manifest.files.items():
         print(f"    {_size(facts['bytes']):>10}  {facts['sha256'][:12]}  {file}")
@@ -70,7 +70,7 @@ def explain(store: ArtifactStore, preset: str, overrides: tuple[str, ...], name:
 def verify(store: ArtifactStore, name: str | None, *, quarantine: bool) -> int:
     """Read every object, and this machine's copies; `quarantine` moves bad artifacts away and removes bad copies."""
     if name:
-        addresses = [_entry(store, name).address]
+        addresses = [find_entry(store, name).address]
     else:
         addresses = [entry.address for entry in listing(store).values() if entry.is_artifact]
     bad = 0
@@ -110,7 +110,8 @@ def collect(store: ArtifactStore, newest: int, runs: list[str], hours: float, *,
     return 0
 
 
-def _entry(store: ArtifactStore, name: str) -> Listed:
+def find_entry(store: ArtifactStore, name: str) -> Listed:
+    """The artifact that an ADDRESS means. Raises ConfigError when it means none, or several."""
     name = name.removeprefix(f"{store.root}/")
     found = [e for e in listing(store).values() if e.is_artifact and (e.address == name or e.key.startswith(name[:12]))]
     if len(found) != 1:

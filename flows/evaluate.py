@@ -8,8 +8,10 @@ from __future__ import annotations
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from flows.artifacts import find_entry
 from flows.plan import benchmark_items, evaluations
 from tasks.benchmarks import load_benchmarks
+from tasks.domain.errors import ConfigError
 from tasks.domain.recipe import Evaluate, Runtime
 from tasks.domain.stage import KEY_LENGTH, Stage
 from tasks.engines.child import children_end_with_the_run
@@ -18,16 +20,23 @@ from tasks.materialise import ref_of
 from tasks.policies import provide_engine_slots
 from tasks.store.artifacts import ArtifactStore, Manifest
 
+CHECKPOINTS = ("model", "prune", "merge")  # stages whose artifact is a checkpoint
+
 
 @flow(name="evaluate", flow_run_name="evaluate {checkpoint}", persist_result=False)
 def evaluate_checkpoint(checkpoint: str, settings: Evaluate, runtime: Runtime = Runtime()) -> dict[str, float]:  # noqa: B008
     """The checkpoint's score on each task; what its own run has measured is not measured again.
 
-    checkpoint: address below the store's root, of stage model, prune or merge (see `flows.artifacts list`).
+    checkpoint: address, URI or first digits of the key (see `flows.artifacts list`) of a model, prune or merge stage.
+    Raises ConfigError when there is no such checkpoint.
     """
     store = ArtifactStore.from_environment()
     store.check()
-    manifest = store.manifest_at(f"{store.root}/{checkpoint.removeprefix(f'{store.root}/')}")
+    manifest = store.manifest_at(f"{store.root}/{find_entry(store, checkpoint).address}")
+    if manifest.stage not in CHECKPOINTS:
+        raise ConfigError(
+            f"checkpoint={checkpoint}: an artifact of stage {manifest.stage}; give one of {', '.join(CHECKPOINTS)}"
+        )
     provide_engine_slots(runtime.engines)
     with children_end_with_the_run():
         wheel = benchmark_items(settings)

@@ -35,7 +35,7 @@ from tasks.engines.child import children_end_with_the_run
 from tasks.evaluate import evaluate, refuse_without_chat_template
 from tasks.finetune import finetune, merge
 from tasks.model import resolve_model
-from tasks.placement import Submit, engines_on, here, only
+from tasks.placement import Submit, only, placement
 from tasks.policies import provide_engine_slots
 from tasks.prune import prune
 from tasks.report import write_report
@@ -56,9 +56,8 @@ def recover(preset: Preset) -> str:
     started = datetime.now(UTC)
     check(preset)
     plan = build_plan(preset)
-    submit = engines_on(preset.runtime.engines_on, preset) if preset.runtime.engines_on else here
     provide_engine_slots(preset.runtime.engines)
-    with children_end_with_the_run():
+    with placement(preset) as submit, children_end_with_the_run():
         futures = submit_stages(preset, plan, submit)
         results = {name: future.result() for name, future in futures.items() if future is not None}
         scores = {role: results.pop(f"evaluate {role}") for role in plan.scores}

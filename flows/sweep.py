@@ -18,13 +18,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import flow, runtime, task
 from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
 
 from deployments.local import environment
 from flows.recover import check, recover
 from tasks.domain.errors import PipelineError
 from tasks.domain.recipe import Preset, load_preset
+from tasks.placement import RAY, ray_cluster
 
 MEASURES = ("average", "recovered_percent", "chance_corrected_percent", "lambada", "perplexity", "kl_to_unpruned")
 
@@ -40,7 +42,13 @@ def sweep(
     points = [(point, changed(preset, *point)) for point in product(blocks, seeds, rows)]
     for _, each in points:
         check(each)
-    lines = [line for point, each in points for line in compared(point, Path(recover(each)))]
+    if preset.runtime.engines_on == RAY:
+        with ray_cluster(num_cpus=0) as cluster:  # a point waits for its stages, which need the processors
+            run = task(run_point, cache_policy=NO_CACHE, persist_result=False)
+            futures = [cluster.submit(run, {"point": point, "preset": each}) for point, each in points]
+            lines = [line for future in futures for line in future.result()]
+    else:
+        lines = [line for point, each in points for line in run_point(point, each)]
     create_table_artifact(lines, key="comparison", description=f"{len(points)} runs of {preset.name}")
     run_id = str(runtime.flow_run.id)
     folder = Path(os.environ.get("SDD_STATE", ".local"), "reports", f"sweep-{preset.name}-{run_id[:8]}").absolute()
@@ -50,6 +58,11 @@ def sweep(
         writer.writeheader()
         writer.writerows(lines)
     return str(folder)
+
+
+def run_point(point: tuple[int, int, int | None], preset: Preset) -> list[dict[str, Any]]:
+    """The lines of one point. No task itself: a Ray worker imports a function, but would get a copy of the flow."""
+    return list(compared(point, Path(recover(preset))))
 
 
 def changed(preset: Preset, blocks: int, seed: int, rows: int | None) -> Preset:

@@ -10,17 +10,19 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from prefect import task
-from prefect.states import State
+from prefect.states import Completed, State
 
 from tasks.domain.errors import GateError
 from tasks.domain.recipe import Distil, Runtime
 from tasks.domain.stage import Stage, canonical_json, json_lines
 from tasks.engines.child import Progress, run_child
-from tasks.materialise import Ref, folder_of, materialise, parts_of
+from tasks.materialise import Ref, folder_of, materialise, parts_of, progress_artifact
 from tasks.policies import STAGE, engine_slots, free_engine_slots
+from tasks.store.artifacts import ArtifactStore
 
 SHARD_ROWS = 256  # a killed run repeats at most the shards that it was at
 SHARDS_AN_ENGINE = 4  # fewer do not pay for the start of another one
@@ -39,20 +41,8 @@ def distil(stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runti
     """
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
-        source = folder_of(rows) / "rows.jsonl"
-        lines = json_lines(source)
-        generation = {name: value for name, value in stage.recipe.items() if name != "min_accept_rate"}
-        made_from = canonical_json([stage.version, generation, stage.inputs["model"].key])
-        shards = [(_shard_name(made_from, lines[at : at + SHARD_ROWS]), at) for at in range(0, len(lines), SHARD_ROWS)]
-        with parts_of("distil", progress, [f"{name}.jsonl" for name, _ in shards], shared=True) as (parts, committing):
-            missing = [(name, at, at + SHARD_ROWS) for name, at in shards if not (parts / f"{name}.jsonl").exists()]
-            if missing:
-                request = {
-                    "checkpoint": str(folder_of(model)), "rows": str(source), "parts": str(parts),
-                    **settings.model_dump(), "messages": settings.messages(),
-                }  # fmt: skip
-                generate(request, missing, out, runtime, committing)
-            finished = [json.loads(line) for name, _ in shards for line in json_lines(parts / f"{name}.jsonl")]
+        shards = finished_shards(stage, model, rows, settings, runtime, out, progress)
+        finished = [json.loads(line) for shard in shards for line in json_lines(shard)]
         _check_rate(finished, settings.min_accept_rate)
         _write(finished, out, with_logprobs=settings.top_logprobs > 0)
         return ledger(finished)
@@ -60,9 +50,46 @@ def distil(stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runti
     return materialise(stage, produce, engine=True)
 
 
-def generate(request: Row, shards: list[Shard], out: Path, runtime: Runtime, progress: Progress) -> None:
-    """Finish the shards in engines side by side: of those that the machine may have, as many as are free and pay."""
-    most = min(runtime.engines, math.ceil(len(shards) / SHARDS_AN_ENGINE))
+@task(task_run_name="distil {stage.slug}, part {part}", **STAGE)
+def distil_part(
+    stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runtime, part: int, parts: int
+) -> State[int]:
+    """Finish every `parts`-th shard, from number `part` on, by one engine; returns how many. `distil` joins them."""
+    if ArtifactStore.from_environment().find(stage):
+        return Completed(name="Cached", message=f"{stage.address} exists", data=0)
+    chosen, progress = slice(part, None, parts), progress_artifact(stage)
+    with engine_slots(), TemporaryDirectory() as out:
+        shards = finished_shards(stage, model, rows, settings, runtime, Path(out), progress, chosen, engines=1)
+    return Completed(message=f"finished {len(shards)} of the shards", data=len(shards))
+
+
+def finished_shards(
+    stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runtime, out: Path, progress: Progress,
+    chosen: slice = slice(None), engines: int | None = None,
+) -> list[Path]:  # fmt: skip
+    """The files of the chosen shards, after making those that no run has yet. engines: at most; None as in runtime."""
+    source = folder_of(rows) / "rows.jsonl"
+    lines = json_lines(source)
+    generation = {name: value for name, value in stage.recipe.items() if name != "min_accept_rate"}
+    made_from = canonical_json([stage.version, generation, stage.inputs["model"].key])
+    shards = [
+        (_shard_name(made_from, lines[at : at + SHARD_ROWS]), at, at + SHARD_ROWS)
+        for at in range(0, len(lines), SHARD_ROWS)
+    ][chosen]
+    with parts_of("distil", progress, [f"{name}.jsonl" for name, *_ in shards], shared=True) as (parts, committing):
+        missing = [shard for shard in shards if not (parts / f"{shard[0]}.jsonl").exists()]
+        if missing:
+            request = {
+                "checkpoint": str(folder_of(model)), "rows": str(source), "parts": str(parts),
+                **settings.model_dump(), "messages": settings.messages(),
+            }  # fmt: skip
+            generate(request, missing, out, runtime, committing, engines or runtime.engines)
+    return [parts / f"{name}.jsonl" for name, *_ in shards]
+
+
+def generate(request: Row, shards: list[Shard], out: Path, runtime: Runtime, progress: Progress, engines: int) -> None:
+    """Finish the shards in engines side by side: of those that may be, as many as are free and pay."""
+    most = min(engines, math.ceil(len(shards) / SHARDS_AN_ENGINE))
     engines = min(most, 1 + free_engine_slots())  # one slot is the stage's
     done, lock = [0.0] * engines, threading.Lock()
 

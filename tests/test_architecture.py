@@ -26,6 +26,7 @@ HEAVY: dict[str, tuple[str, ...]] = {
     "torch": ("tasks.algorithms", "tasks.engines"),
     **dict.fromkeys(("vllm", "peft", "lm_eval", "transformers"), ("tasks.engines.children",)),
     "prefect": ("tasks", "flows", "deployments"),
+    **dict.fromkeys(("ray", "prefect_ray"), ("tasks.placement",)),
 }
 PURE = ("tasks.domain", "tasks.algorithms")
 NOT_PURE = {"prefect", "fsspec", "s3fs", "subprocess", "socket", "urllib", "requests", "huggingface_hub", "datasets"}

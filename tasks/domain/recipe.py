@@ -317,7 +317,8 @@ class Runtime(Settings):
     engines: int = Field(1, ge=1, description="Child processes that may use the devices at the same time.")
     engines_on: str | None = Field(
         None,
-        description="Deployment of `run_stage`, e.g. stage/gpu, that runs what needs a device; empty: this machine.",
+        description="What runs the stages that need a device: a deployment of `run_stage`, e.g. stage/gpu; ray: every "
+        "stage and every point of a sweep is a task of a Ray cluster; empty: this machine.",
     )
     batch: int = Field(8, ge=1, description="Sequences a forward pass of scoring and of the hf backend.")
     micro_batch: int = Field(8, ge=1, description="Rows a forward pass of the fine-tuning.")

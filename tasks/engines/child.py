@@ -24,7 +24,6 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tasks.domain import errors
@@ -82,6 +81,11 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
             raise errors.EngineError(f"{name}: the child process {why}; end of its log:\n{tail}")
 
 
+def is_stopping(seconds: float) -> bool:
+    """Whether the run is being stopped, now or within so many seconds."""
+    return _stopping.wait(seconds)
+
+
 def refuse_while_stopping(name: str) -> None:
     if _stopping.is_set():
         raise errors.EngineError(f"{name}: the run is being stopped", retryable=False)
@@ -89,31 +93,22 @@ def refuse_while_stopping(name: str) -> None:
 
 @contextmanager
 def children_end_with_the_run() -> Iterator[None]:
-    """While open, SIGTERM and Ctrl-C also end every child, at once and for good: no thread waits for one, none retries.
+    """While open, what ends the run from outside also ends every child, at once and for good: no thread waits for one.
 
-    To be entered in the main thread, after Prefect has set its own handlers, which are called next.
+    Prefect raises it in the main thread, on SIGTERM and Ctrl-C. Its handler of SIGTERM has to stay the installed one:
+    only then does a worker tell it that a run is cancelled, and the run does not count as crashed.
     """
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number: int, frame: FrameType | None) -> None:
+    _stopping.clear()
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
         _stopping.set()
         for process in list(_running):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
-        handler = previous[signal.Signals(number)]
-        if callable(handler):
-            handler(number, frame)
-        elif handler is signal.SIG_DFL:
-            sys.exit(128 + number)
-
-    _stopping.clear()
-    for number in previous:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        raise
 
 
 class _Follower:

@@ -112,9 +112,10 @@ def ui_url() -> str:
     return os.environ["PREFECT_API_URL"].removesuffix("/api")
 
 
-def command(program: str, *arguments: str) -> str:
+def command(program: str, *arguments: str, **variables: str) -> str:
     tool = str(Path(sys.executable).with_name(program))
-    done = subprocess.run([tool, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = os.environ | variables
+    done = subprocess.run([tool, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -139,7 +140,7 @@ def worker(pool: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
         kill(process)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[Any]) -> None:
     """The worker and every run of its, at once, as when the machine loses its power."""
     for pid in [process.pid, *descendants(process.pid)]:
         with suppress(ProcessLookupError):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from uuid import UUID
 
@@ -20,10 +23,11 @@ from prefect.states import Cancelling
 from flows.plan import build_plan
 from flows.recover import run_stage
 from tasks.domain.recipe import Preset, load_preset
+from tasks.policies import free_engine_slots
 from tasks.store.artifacts import ArtifactStore
 from tests.conftest import descendants
 from tests.engines.test_memory import FULL
-from tests.ops.conftest import command, ended, eventually, kill, read, start, with_settings, worker
+from tests.ops.conftest import command, ended, eventually, kill, read, start, ui_url, with_settings, worker
 
 
 def task_runs(run: UUID) -> dict[str, TaskRun]:
@@ -135,6 +139,48 @@ def test_a_wrong_preset_is_not_retried(operations: Path, preset: Preset) -> None
 
 
 @pytest.fixture
+def told(operations: Path) -> Iterator[list[str]]:
+    """What a webhook hears, by the automations that `make deploy` makes with SDD_NOTIFY_URL."""
+    texts: list[str] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Webhook) as server, get_client(sync_client=True) as client:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        command("python", "-m", "deployments.automations", SDD_NOTIFY_URL=url)
+        shown = client.read_block_documents(include_secrets=False)
+        assert "sdd-notify" in str(shown) and url not in str(shown), "whoever knows a webhook's URL may use it"
+        yield texts
+        for automation in client.read_automations():
+            if automation.name.startswith("sdd: tell who"):
+                client.delete_automation(automation.id)
+        server.shutdown()
+
+
+def test_a_webhook_hears_of_failed_runs_and_low_recovery(told: list[str], whole: UUID, preset: Preset) -> None:
+    wrong = with_settings(preset, "prune.blocks", 6)
+    low = with_settings(preset, "runtime.alert_below", 1e6)
+    with worker("cpu"):
+        runs = [start("recover/demo-cpu", preset=each.model_dump(mode="json")) for each in (wrong, low)]
+        failed, recovered = eventually(lambda: sorted(told) if len(told) == 2 else None, "both messages")
+    wrong_run, low_run = (f"{ui_url()}/runs/flow-run/{run}" for run in runs)
+    assert failed.startswith("A run failed\npico-llama minus 6 blocks (pico): ")
+    assert "prune.blocks=6" in failed and failed.endswith(f" {wrong_run}")
+    report = next(Path(os.environ["SDD_STATE"], "reports").glob(f"pico-{str(runs[1])[:8]}/report.json"))
+    percent = round(json.loads(report.read_text())["models"][-1]["recovered_percent"], 1)
+    uri = f"{os.environ['SDD_STORE']}/reports/{runs[1]}"
+    assert recovered == (
+        f"A run recovered too little\npico-llama minus 2 blocks (pico): SDD recovered {percent} %, less than "
+        f"runtime.alert_below=1000000.0; {uri} {low_run}"
+    )
+
+
+@pytest.fixture
 def short_of_memory(tmp_path: Path) -> str:
     """A folder for PYTHONPATH with which scoring finds no memory for more than two sequences (no GPU here to fill)."""
     (tmp_path / "sitecustomize.py").write_text(FULL)
@@ -153,13 +199,17 @@ def test_out_of_memory_is_retried_with_smaller_batches(whole: UUID, preset: Pres
 
 
 @pytest.fixture
-def generating(whole: UUID, preset: Preset) -> dict[str, Any]:
-    """Parameters of a generation that takes two shards and a while."""
-    longer = with_settings(preset, "distil.max_tokens", 96)
-    tree = longer.model_dump(mode="json")
+def longer(whole: UUID, preset: Preset) -> Preset:
+    """With a generation that takes two shards and a while."""
+    tree = with_settings(preset, "distil.max_tokens", 96).model_dump(mode="json")
     for source in tree["dataset"]["sources"]:
         source["rows"] = 150
-    longer = Preset.model_validate(tree)
+    return Preset.model_validate(tree)
+
+
+@pytest.fixture
+def generating(longer: Preset) -> dict[str, Any]:
+    """Parameters of that generation."""
     run_stage(longer, "rows", dict(build_plan(longer).stages())["rows"].key)
     return stage_parameters(longer, "distil")
 
@@ -173,6 +223,24 @@ def test_cancelling_a_run_frees_the_device(generating: dict[str, Any]) -> None:
         final = ended(run)
     assert final.state is not None
     assert final.state.is_cancelled()
+
+
+@pytest.mark.parametrize("deployment", ["recover/demo-cpu", "sweep/grid"])
+def test_cancelling_a_run_cancels_what_it_started(deployment: str, longer: Preset) -> None:
+    """Its runs on the other pool with their engines, and the points of a sweep."""
+    preset = with_settings(longer, "runtime.engines_on", "stage/gpu").model_dump(mode="json")
+    points = {"blocks": [2], "seeds": [0]} if deployment == "sweep/grid" else {}
+    with get_client(sync_client=True) as client, worker("cpu"), worker("gpu") as process:
+        run = start(deployment, preset=preset, **points)
+        (engine,) = eventually(lambda: engines(process.pid), "the engine")
+        started = [r.id for r in client.read_flow_runs() if r.state and r.state.is_running()]
+        client.set_flow_run_state(run, Cancelling())
+        eventually(lambda: not Path(f"/proc/{engine}").exists(), "the end of the engine", 60)
+        assert {str(ended(each).state_name) for each in started} == {"Cancelled"}
+        passed = {state.name for each in started for state in client.read_flow_run_states(each)}
+        assert "Crashed" not in passed, "crashed runs start again"
+        eventually(lambda: free_engine_slots() == longer.runtime.engines, "the engine's slot")
+    assert len(started) == (3 if points else 2)
 
 
 def test_a_dead_worker_costs_a_shard(generating: dict[str, Any]) -> None:
