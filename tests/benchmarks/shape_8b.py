@@ -145,7 +145,7 @@ def checkpoint(folder: Path, tokenizer: Path | None, tiny: bool) -> Figures:
     from tasks.store.checkpoint import INDEX
     from tests.conftest import build_tokenizer
 
-    started, out = time.monotonic(), folder / "original"
+    started, out = time.monotonic(), _empty(folder / "original")
     config = LlamaConfig(**(TINY if tiny else LLAMA_8B), architectures=["LlamaForCausalLM"], dtype="bfloat16")
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
@@ -155,7 +155,6 @@ def checkpoint(folder: Path, tokenizer: Path | None, tiny: bool) -> Figures:
     for name in shapes:
         block = name.split(".")[2] if name.startswith("model.layers.") else ""
         files.setdefault(f"model-{int(block) // 4 if block else 'rest'}.safetensors", {})[name] = None
-    out.mkdir()
     for file, names in files.items():
         tensors = {
             name: torch.ones(shapes[name], dtype=torch.bfloat16, device=device) if len(shapes[name]) == 1
@@ -188,12 +187,12 @@ def score(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
         times.append(time.monotonic())
 
     fields = {name: SCORED[name] for name in ("samples", "length")}
+    out = _empty(folder / "score")
     request = {
         "checkpoint": str(folder / "original"), "documents": str(documents), "seed": 0, **fields, "metric": "angular",
-        "token": "last", "dtype": "bfloat16", "part": str(folder / "sums"), "commit_seconds": 3600,
+        "token": "last", "dtype": "bfloat16", "part": str(out / "sums"), "commit_seconds": 3600,
         "runtime": Runtime(batch=SCORED["batch"]).model_dump(),
     }  # fmt: skip
-    (out := folder / "score").mkdir()
     started = time.monotonic()
     run(request, out, report)
     whole = time.monotonic() - started
@@ -228,7 +227,7 @@ def prune(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
     copy_rate = copied / (time.monotonic() - started) / 1e9
     (folder / "copy").unlink()
     os.sync()
-    (out := folder / "pruned").mkdir()
+    out = _empty(folder / "pruned")
     started = time.monotonic()
     facts = cut(folder / "original", out, Span(START, COUNT, LLAMA_8B["num_hidden_layers"]))
     seconds = time.monotonic() - started
@@ -297,7 +296,7 @@ def finetune(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
         times.append(time.monotonic())
 
     for micro_batch in MICRO_BATCHES:
-        (out := folder / f"adapter-{micro_batch}").mkdir()
+        out = _empty(folder / "adapter")
         request = {
             "checkpoint": str(folder / "pruned"), "rows": str(rows), "answers": "answer", "parts": str(out),
             "name": "bench", **settings.model_dump(), "runtime": Runtime(micro_batch=micro_batch).model_dump(),
@@ -311,8 +310,7 @@ def finetune(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
         torch.cuda.empty_cache()  # behind the except clause: its traceback holds the tensors
     else:
         raise MemoryError("not one row fits")
-    shutil.move(out, folder / "adapter")
-    found = json.loads((folder / "adapter" / "tokens.json").read_text())
+    found = json.loads((out / "tokens.json").read_text())
     steps = [b - a for a, b in zip(times[WARM_UP_STEPS - 1 :], times[WARM_UP_STEPS:], strict=False)]
     step = statistics.median(steps)
     tokens, answers = (found[name] / found["steps"] for name in ("tokens", "trained_tokens"))
@@ -355,7 +353,7 @@ def merge(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
         times.append(time.monotonic())
         print(f"  {text} after {times[-1] - times[0]:.1f} s", flush=True)
 
-    (out := folder / "merged").mkdir()
+    out = _empty(folder / "merged")
     run({"checkpoint": str(folder / "pruned"), "adapter": str(folder / "adapter")}, out, report)
     times.append(time.monotonic())
     shutil.rmtree(out)
@@ -382,6 +380,12 @@ def gate(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
     started = time.monotonic()
     verify(request, folder, lambda _done, _text: None)
     return {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
 @lru_cache(maxsize=1)
