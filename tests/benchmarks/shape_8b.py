@@ -298,8 +298,9 @@ def finetune(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
     for micro_batch in MICRO_BATCHES:
         out = _empty(folder / "adapter")
         request = {
-            "checkpoint": str(folder / "pruned"), "rows": str(rows), "answers": "answer", "parts": str(out),
-            "name": "bench", **settings.model_dump(), "runtime": Runtime(micro_batch=micro_batch).model_dump(),
+            "checkpoint": str(folder / "pruned"), "rows": str(rows), "answers": "answer",
+            "parts": str(_empty(folder / "parts")), "name": "bench", **settings.model_dump(),
+            "runtime": Runtime(micro_batch=micro_batch).model_dump(),
         }  # fmt: skip
         times.clear()
         try:
