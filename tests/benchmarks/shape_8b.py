@@ -38,14 +38,14 @@ LLAMA_8B: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
 TINY = LLAMA_8B | {
-    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 1,
+    "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 32, "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 SCORED = {"samples": 128, "length": 1024, "batch": 8}
 BATCHES, PROMPT, GENERATED, ROUNDS = (1, 64, 256), 256, 128, 3
 TRAINED = {"rows": 320, "prompt": 128, "answer": 380, "batch": 16}
 MICRO_BATCHES = (8, 4, 2, 1)  # the first that fits
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2
 START, COUNT = 20, 6  # the span that is cut; its place costs nothing
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}  # NVIDIA's data sheet, SXM, bf16 without sparsity
 UTILISATION = 0.4
@@ -172,7 +172,7 @@ def checkpoint(folder: Path, tokenizer: Path | None, tiny: bool) -> Figures:
     return {"parameters": sum(shape.numel() for shape in shapes.values()), "bytes": size, "seconds": round(seconds, 1)}
 
 
-def score(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
+def score(folder: Path, _tokenizer: Path | None, tiny: bool) -> Figures:
     """The scoring child, all (l, n); then the same batches through a bare forward pass."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -186,7 +186,7 @@ def score(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
     def report(_done: float, _text: str) -> None:
         times.append(time.monotonic())
 
-    fields = {name: SCORED[name] for name in ("samples", "length")}
+    fields = {"samples": 16 if tiny else SCORED["samples"], "length": SCORED["length"]}
     out = _empty(folder / "score")
     request = {
         "checkpoint": str(folder / "original"), "documents": str(documents), "seed": 0, **fields, "metric": "angular",
@@ -277,7 +277,7 @@ def _generate(model: Path, tiny: bool) -> Figures:
     return figures
 
 
-def finetune(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
+def finetune(folder: Path, _tokenizer: Path | None, tiny: bool) -> Figures:
     """The training child with the preset's LoRA of rank 16; the largest micro batch that the memory has room for."""
     import torch
 
@@ -285,7 +285,7 @@ def finetune(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
     from tasks.engines.children.finetune import finetune as run
 
     with (rows := folder / "rows.jsonl").open("w") as file:
-        for at in range(TRAINED["rows"]):
+        for at in range(4 * TRAINED["batch"] if tiny else TRAINED["rows"]):
             question, answer = _text(folder, TRAINED["prompt"], at), _text(folder, TRAINED["answer"], at + 7)
             row = {"id": str(at), "prompt": [{"role": "user", "content": question}], "reference": answer}
             file.write(json.dumps(row | {"answer": answer, "outcome": "accepted"}) + "\n")
@@ -315,7 +315,7 @@ def finetune(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
     steps = [b - a for a, b in zip(times[WARM_UP_STEPS - 1 :], times[WARM_UP_STEPS:], strict=False)]
     step = statistics.median(steps)
     tokens, answers = (found[name] / found["steps"] for name in ("tokens", "trained_tokens"))
-    flops, six_n = _lora_flops(folder, tokens, answers, found["tokens"] / TRAINED["rows"])
+    flops, six_n = _lora_flops(folder, tokens, answers, found["tokens"] / found["rows"])
     peak = _peak_flops()
     return {
         "micro_batch": micro_batch, "rows_a_step": TRAINED["batch"], "tokens_a_step": round(tokens),
