@@ -487,14 +487,17 @@ def _device() -> str:
 
 
 def _fresh(call: Callable[..., Any], *arguments: Any) -> Any:
-    """The call's result, made in a process that has what the pipeline's children have."""
+    """The call's result, made in a process of its own with the settings that the pipeline's children have."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_as_a_child, call, *arguments).result()
+
+
+def _as_a_child(call: Callable[..., Any], *arguments: Any) -> Any:
     from tasks.domain.recipe import Runtime
     from tasks.engines.child import _environment
 
-    settings = _environment(Runtime())
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=os.environ.update, initargs=(settings,)) as pool:
-        return pool.submit(call, *arguments).result()
+    os.environ.update(_environment(Runtime()))
+    return call(*arguments)
 
 
 def _rows(count: int) -> list[dict[str, Any]]:
