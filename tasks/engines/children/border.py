@@ -40,6 +40,9 @@ def serve(run: Callable[[dict[str, Any], Path, Report], None]) -> None:
                 raise
             say(error=OutOfMemory.__name__, text=f"{type(error).__name__}: {error}")
             sys.exit(1)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # the libraries take seconds to clean up what the system takes back anyway
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
