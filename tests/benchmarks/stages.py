@@ -292,7 +292,8 @@ class _Rewriting:
             return time.monotonic()
 
         with patch("tasks.distil.run_child", watched):
-            return round(rewrite() - loaded[0], 2)
+            ended: float = rewrite()
+        return round(ended - loaded[0], 2)
 
 
 def generate_at_once(request: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -419,12 +420,13 @@ def evaluate(folder: Path, model: Path) -> None:
         "tasks": tasks, **options,
     }  # fmt: skip
     (files := folder / "tasks").mkdir()
-    names = [name for task, settings in tasks.items() for name in _with_shots(files, task, settings, _write_yamls)]
+    names = {task: _with_shots(files, task, settings, _write_yamls) for task, settings in tasks.items()}
     runtime, numbers = Runtime(), itertools.count()
     command = [
         sys.executable, "-c", LM_EVAL, "--model", "vllm", "--batch_size", "auto", "--limit", str(size["limit"]),
-        "--tasks", ",".join(names), "--include_path", str(files), "--output_path", str(folder / "theirs"),
-        "--model_args", f"pretrained={model},dtype={options['dtype']},max_model_len={options['max_length']}",
+        "--tasks", ",".join(itertools.chain(*names.values())), "--include_path", str(files),
+        "--output_path", str(folder / "theirs"), "--model_args",
+        f"pretrained={model},dtype={options['dtype']},max_model_len={options['max_length']}",
     ]  # fmt: skip
 
     def ours() -> None:
@@ -433,7 +435,12 @@ def evaluate(folder: Path, model: Path) -> None:
     def theirs() -> None:
         subprocess.run(command, env=_environment(runtime), check=True, stdout=subprocess.DEVNULL)
 
-    samples = alternating(ours, theirs, size["rounds"])
+    samples: dict[str, Any] = alternating(ours, theirs, size["rounds"])
+    metrics = {task: f"{BENCHMARKS[task].metric},{BENCHMARKS[task].filter}" for task in tasks}
+    samples |= {
+        f"scores of {who}": {task: _scores(folder, pattern, names[task], metrics[task]) for task in tasks}
+        for who, pattern in (("ours", "out-0/*/results.json"), ("theirs", "theirs/**/results*.json"))
+    }
     record("evaluate", "the command line of lm-eval with its vLLM backend, the same items", {**size, **samples},
            median_ratio(samples["theirs"], samples["ours"]), 3.0 if gpus() else 1.0, higher_is_better=True)  # fmt: skip
 
@@ -445,6 +452,14 @@ def _with_shots(files: Path, task: str, settings: dict[str, Any], write: Callabl
         path = files / f"{name}.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"num_fewshot": settings["shots"]}))
     return names
+
+
+def _scores(folder: Path, pattern: str, names: list[str], metric: str) -> float:
+    """The mean over a task's subjects, from the harness's own files."""
+    results: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob(pattern)):
+        results |= json.loads(path.read_text())["results"]
+    return round(statistics.mean(results[name][metric] for name in names), 4)
 
 
 def rerun(folder: Path, _model: Path) -> None:
