@@ -4,7 +4,7 @@
 
 Every part runs in a process of its own through the pipeline's code, and OUT/shape_8b.json is written anew after each,
 so that a run that is cut off keeps what it has. The checkpoints (43 GB) lie in a temporary folder, or stay in the one
-of --work for parts that are run later. --tiny tries the program out on CPU.
+of --work, with the figures so far, for parts that are run later. --tiny tries the program out on CPU.
 
 Model FLOPs of a LoRA step: the frozen weights need no gradient of their own, so a token costs 2 FLOPs a weight forward
 and 2 backward, 6 a weight of the adapter, and 6 * row length * width a block for causal attention (2 of them forward);
@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -65,10 +66,11 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ["BENCHMARK_RESULTS"] = str(chosen.out)
     end = time.monotonic() + chosen.seconds
-    figures: Figures = {}
     with tempfile.TemporaryDirectory(prefix="sdd-shape-") as temporary:
         folder = chosen.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "figures.json"
+        figures: Figures = json.loads(known.read_text()) if known.exists() else {}
         for name in chosen.parts:
             started = time.monotonic()
             print(f"{name} ...", flush=True)
@@ -78,6 +80,7 @@ def main() -> None:
             if name == "generate_pruned":
                 figures["speed_up"] = speed_up(figures)
                 print(f"speed-up: {figures['speed_up']}", flush=True)
+            known.write_text(json.dumps(figures))
             used = figures.get("finetune", {}).get("flops_utilisation") or 0.0
             record("shape_8b", "the bf16 peak of the GPU (model FLOPs of a LoRA step)",
                    figures, used, UTILISATION, higher_is_better=True)  # fmt: skip
@@ -131,6 +134,9 @@ def _peak_host_gb() -> float:
 
 
 def _peak_gpu_gb() -> float | None:
+    """None also for a part that never used torch, whose import takes seconds."""
+    if "torch" not in sys.modules:
+        return None
     import torch
 
     return round(torch.cuda.max_memory_allocated() / 1e9, 2) if torch.cuda.is_available() else None
