@@ -36,7 +36,7 @@ MB = 2**20
 SCORED = {"samples": 32, "length": 256, "batch": 8}
 GENERATED = {
     "cpu": {"rows": 512, "tokens": 24, "rounds": 3, "engines": 1},
-    "cuda": {"rows": 4096, "tokens": 128, "rounds": 2, "engines": 4},
+    "cuda": {"rows": 4096, "tokens": 128, "rounds": 1, "engines": 4},
 }
 TRAINED = {"cpu": {"rows": 64, "rounds": 3}, "cuda": {"rows": 2048, "rounds": 2}}
 TRL_BATCH, TRL_LENGTH = 8, 1024  # rows a step and longest row, TRL's defaults
@@ -241,7 +241,7 @@ class _Rewriting:
 
         self.model, self.numbers = model, itertools.count()
         self.settings = Distil(
-            template="retell", max_tokens=tokens, max_length=1024 + tokens, attempts=1, min_accept_rate=0.0,
+            template="retell", max_tokens=tokens, attempts=1, min_accept_rate=0.0,
             dtype="bfloat16" if gpus() else "float32",
         )  # fmt: skip
         store = ArtifactStore.from_environment()
@@ -284,7 +284,7 @@ class _Rewriting:
             run_child(name, request, out, runtime, noting)
 
         stage = Stage("distil", 1, {"number": next(self.numbers)}, self.inputs, slug="bench")
-        runtime = Runtime(engines=engines)
+        runtime = Runtime(engines=engines, gpu_memory=0.9 / engines)
 
         @flow(name="bench", persist_result=False)
         def rewrite() -> float:
@@ -307,17 +307,22 @@ def generate_at_once(request: dict[str, Any], rows: list[dict[str, Any]]) -> dic
     llm = LLM(model=request["checkpoint"], **vllm_options(request))
     tokenizer = llm.get_tokenizer()
 
-    def run(sampling: Any) -> tuple[float, int]:
+    def run(sampling: Callable[[str], Any]) -> tuple[float, int]:
         started = time.monotonic()
-        ids = [prompt_ids(tokenizer, _rewrite_request(row, request["messages"])) for row in rows]
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in ids], sampling, use_tqdm=False)
+        prompts = {row["id"]: prompt_ids(tokenizer, _rewrite_request(row, request["messages"])) for row in rows}
+        longest = request["max_length"] - request["max_tokens"]  # the stage leaves longer ones out too
+        prompts = {name: ids for name, ids in prompts.items() if len(ids) <= longest}
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts.values()], [sampling(name) for name in prompts],
+            use_tqdm=False,
+        )  # fmt: skip
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         return round(time.monotonic() - started, 2), tokens
 
-    seconds, tokens = run([_sampling(request, row["id"], 0) for row in rows])
+    seconds, tokens = run(lambda name: _sampling(request, name, 0))
     llm.reset_prefix_cache()
     fields = {name: request[name] for name in ("temperature", "top_p", "max_tokens")}
-    unseeded, _ = run(SamplingParams(**fields))
+    unseeded, _ = run(lambda _name: SamplingParams(**fields))
     return {"seconds": seconds, "tokens": tokens, "seconds without seeds": unseeded}
 
 
