@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 UV := 0.13.9
 PIP_AUDIT := 2.10.1
+TRL := 1.16.0
 
 .PHONY: setup demo real ui deploy worker test test-ops bench lint audit clean
 
@@ -50,7 +51,9 @@ test: setup lint
 test-ops: setup
 	$(BIN)/python -m pytest -q tests/ops
 
+# trl is what fine-tuning is compared with, and nothing else needs it; what it needs is there.
 bench: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps trl==$(TRL)
 	$(BIN)/python -m tests.benchmarks.stages
 
 lint: setup

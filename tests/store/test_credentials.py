@@ -107,7 +107,8 @@ def test_encryption_and_acl_of_the_client_reach_every_object(
         monkeypatch.setenv(name, value)
     set_conf_env(settings := dict[str, Any]())
     monkeypatch.setitem(conf, "s3", settings["s3"])
-    monkeypatch.setattr("tasks.store.artifacts.CHUNK", 5 * 2**20)
+    for name in ("CHUNK", "DOWNLOAD_CHUNK"):
+        monkeypatch.setattr(f"tasks.store.artifacts.{name}", 5 * 2**20)
     get_filesystem_class("s3").clear_instance_cache()
     store = ArtifactStore(f"s3://sdd/{uuid4().hex}", tmp_path / "mirror")
     checked: list[str] = []

@@ -201,7 +201,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
     """A store on the current server whose parts are so small that a test's file has several."""
-    monkeypatch.setattr("tasks.store.artifacts.CHUNK", 5 * MB)
+    for name in ("CHUNK", "DOWNLOAD_CHUNK"):
+        monkeypatch.setattr(f"tasks.store.artifacts.{name}", 5 * MB)
     monkeypatch.setattr("tasks.store.artifacts.LONGEST_PAUSE", 0.5)
     store = ArtifactStore(f"s3://sdd/{uuid4().hex}", Path(os.environ["SDD_MIRROR"]))
     assert store.fs.default_block_size == 5 * MB

@@ -27,18 +27,19 @@ def decoder_blocks(model: Any, layers: int) -> nn.ModuleList:
 
 
 @contextmanager
-def recorded_states(blocks: nn.ModuleList) -> Iterator[list[torch.Tensor]]:
-    """While open, every forward pass fills the list with L+1 states (batch, tokens, hidden).
+def recorded_states(blocks: nn.ModuleList, rows: torch.Tensor, places: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """While open, a forward pass fills the list with L+1 states (N, hidden), those of N tokens of the batch.
 
-    State l enters block l; the last one leaves the last block, before the final norm.
+    State l enters block l; the last one leaves the last block, before the final norm. rows, places: where in the
+    batch each of the tokens stands. Only theirs are kept: whole states of all blocks would take most of the memory.
     """
     states: list[torch.Tensor] = []
 
     def entering(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
+        states.append((args[0] if args else kwargs["hidden_states"])[rows, places])
 
     def leaving(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
+        states.append((output[0] if isinstance(output, tuple) else output)[rows, places])
 
     handles = [block.register_forward_pre_hook(entering, with_kwargs=True) for block in blocks]
     handles.append(blocks[-1].register_forward_hook(leaving))

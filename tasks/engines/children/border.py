@@ -40,6 +40,9 @@ def serve(run: Run) -> None:
                 raise
             say(error=type(told).__name__, text=str(told))
             sys.exit(1)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # the libraries take seconds to clean up what the system takes back anyway
 
 
 def as_told(error: Exception) -> PipelineError | None:

@@ -37,6 +37,7 @@ def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
     running: dict[str, tuple[_Shard, Row, list[int], int]] = {}
     total = sum(shard.undecided for shard in shards)
     decided = accepted = 0
+    report(0.0, f"the model is loaded, {total} rows to rewrite")
 
     def submit(shard: _Shard, row: Row, prompt: list[int], attempt: int) -> None:
         name = f"{row['id']}/{attempt}"

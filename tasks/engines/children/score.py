@@ -37,20 +37,22 @@ def score(request: dict[str, Any], out: Path, report: Report) -> None:
     moments, bootstrap = _running_sums(part, request["seed"])
     batch, every_token = request["runtime"]["batch"], request["token"] == "mean"
     committed = time.monotonic()
-    with torch.inference_mode(), recorded_states(blocks) as states:
+    with torch.inference_mode():
         for first in range(moments.count, len(samples), batch):
             some = samples[first : first + batch]
             longest = max(map(len, some))
             ids = torch.tensor([sample + [0] * (longest - len(sample)) for sample in some], device=device)
             mask = torch.tensor([[1] * len(sample) + [0] * (longest - len(sample)) for sample in some], device=device)
-            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-            for row, sample in enumerate(some):
-                tokens = slice(0 if every_token else len(sample) - 1, len(sample))
-                own = torch.stack([state[row, tokens] for state in states], dim=1)
-                distances = pair_distances(own.float().cpu().numpy(), request["metric"])
+            counted = [range(0 if every_token else len(sample) - 1, len(sample)) for sample in some]
+            where = [(row, place) for row, own in enumerate(counted) for place in own]
+            rows, places = torch.tensor(where, device=device).T
+            with recorded_states(blocks, rows, places) as states:
+                model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            of_samples = zip(*(state.split([len(own) for own in counted]) for state in states), strict=True)
+            for own in of_samples:
+                distances = pair_distances(torch.stack(own, dim=1).float().cpu().numpy(), request["metric"])
                 moments.add(distances)
                 bootstrap.add(distances)
-            states.clear()
             if time.monotonic() - committed > request["commit_seconds"]:
                 _commit(part, moments, bootstrap)
                 committed = time.monotonic()
