@@ -17,7 +17,6 @@ from tasks.domain.stage import KEY_LENGTH, Stage
 from tasks.engines.child import children_end_with_the_run
 from tasks.evaluate import evaluate
 from tasks.materialise import ref_of
-from tasks.policies import provide_engine_slots
 from tasks.store.artifacts import ArtifactStore, Manifest
 
 CHECKPOINTS = ("model", "prune", "merge")  # stages whose artifact is a checkpoint
@@ -37,7 +36,6 @@ def evaluate_checkpoint(checkpoint: str, settings: Evaluate, runtime: Runtime = 
         raise ConfigError(
             f"checkpoint={checkpoint}: an artifact of stage {manifest.stage}; give one of {', '.join(CHECKPOINTS)}"
         )
-    provide_engine_slots(runtime.engines)
     with children_end_with_the_run():
         wheel = benchmark_items(settings)
         items = load_benchmarks(wheel, settings.benchmarks) if wheel else None

@@ -36,7 +36,6 @@ from tasks.evaluate import evaluate, refuse_without_chat_template
 from tasks.finetune import finetune, merge
 from tasks.model import resolve_model
 from tasks.placement import Submit, only, placement
-from tasks.policies import provide_engine_slots
 from tasks.prune import prune
 from tasks.report import write_report
 from tasks.rows import draw, load_rows
@@ -56,7 +55,6 @@ def recover(preset: Preset) -> str:
     started = datetime.now(UTC)
     check(preset)
     plan = build_plan(preset)
-    provide_engine_slots(preset.runtime.engines)
     with placement(preset) as submit, children_end_with_the_run():
         futures = submit_stages(preset, plan, submit)
         results = {name: future.result() for name, future in futures.items() if future is not None}
@@ -76,7 +74,6 @@ def run_stage(preset: Preset, name: str, key: str) -> None:
 
     key: of the stage (of its first task), which both machines must agree on.
     """
-    provide_engine_slots(preset.runtime.engines)
     with children_end_with_the_run():
         stage = submit_stages(preset, build_plan(preset), only(name, key)).get(name)
         if stage is None:

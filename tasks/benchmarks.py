@@ -60,7 +60,7 @@ def load_benchmarks(stage: Stage, source: BenchmarkWheel) -> State[Ref]:
         progress(1.0, f"{sum(counts.values())} items")
         return {"items": counts}
 
-    return materialise(stage, produce, engine=False)
+    return materialise(stage, produce)
 
 
 def items_root(identity: Mapping[str, Any], benchmarks: Ref | None) -> Path | None:

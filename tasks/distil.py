@@ -21,7 +21,7 @@ from tasks.domain.recipe import Distil, Runtime
 from tasks.domain.stage import Stage, canonical_json, json_lines
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise, parts_of, progress_artifact
-from tasks.policies import STAGE, engine_slots, free_engine_slots
+from tasks.policies import STAGE, engine_slots
 from tasks.store.artifacts import ArtifactStore
 
 SHARD_ROWS = 256  # a killed run repeats at most the shards that it was at
@@ -47,7 +47,7 @@ def distil(stage: Stage, model: Ref, rows: Ref, settings: Distil, runtime: Runti
         _write(finished, out, with_logprobs=settings.top_logprobs > 0)
         return ledger(finished)
 
-    return materialise(stage, produce, engine=True)
+    return materialise(stage, produce, runtime)
 
 
 @task(task_run_name="distil {stage.slug}, part {part}", **STAGE)
@@ -58,7 +58,7 @@ def distil_part(
     if ArtifactStore.from_environment().find(stage):
         return Completed(name="Cached", message=f"{stage.address} exists", data=0)
     chosen, progress = slice(part, None, parts), progress_artifact(stage)
-    with engine_slots(), TemporaryDirectory() as out:
+    with engine_slots(runtime.engines), TemporaryDirectory() as out:
         shards = finished_shards(stage, model, rows, settings, runtime, Path(out), progress, chosen, engines=1)
     return Completed(message=f"finished {len(shards)} of the shards", data=len(shards))
 
@@ -89,20 +89,20 @@ def finished_shards(
 
 def generate(request: Row, shards: list[Shard], out: Path, runtime: Runtime, progress: Progress, engines: int) -> None:
     """Finish the shards in engines side by side: of those that may be, as many as are free and pay."""
-    most = min(engines, math.ceil(len(shards) / SHARDS_AN_ENGINE))
-    engines = min(most, 1 + free_engine_slots())  # one slot is the stage's
-    done, lock = [0.0] * engines, threading.Lock()
+    pay = min(engines, math.ceil(len(shards) / SHARDS_AN_ENGINE))
+    lock = threading.Lock()
 
     def run(number: int) -> None:
         def report(part: float, text: str) -> None:
             with lock:
                 done[number] = part
-                progress(sum(done) / engines, text if engines == 1 else f"{text} by engine {number + 1}")
+                progress(sum(done) / len(done), text if len(done) == 1 else f"{text} by engine {number + 1}")
 
-        run_child("distil", {**request, "shards": shards[number::engines]}, out, runtime, report)
+        run_child("distil", {**request, "shards": shards[number :: len(done)]}, out, runtime, report)
 
-    with engine_slots(engines - 1), ThreadPoolExecutor(engines) as pool:
-        running = [pool.submit(copy_context().run, run, number) for number in range(engines)]
+    with engine_slots(runtime.engines, least=0, most=pay - 1) as more, ThreadPoolExecutor(1 + more) as pool:
+        done = [0.0] * (1 + more)  # one slot is the stage's
+        running = [pool.submit(copy_context().run, run, number) for number in range(len(done))]
     for future in running:
         future.result()
 

@@ -40,4 +40,4 @@ def measure_drift(
             run_child("drift", request, out, runtime, progress)
         return dict(json.loads((out / "drift.json").read_text()))
 
-    return materialise(stage, produce, engine=True)
+    return materialise(stage, produce, runtime)

@@ -62,7 +62,7 @@ def evaluate(
                         refs[name] = ref_of(store, manifest, "miss")
                         link(stage, refs[name]["uri"])
 
-            with engine_slots():
+            with engine_slots(runtime.engines):
                 started = time.monotonic()
                 run_child("evaluate", _request(checkpoint, benchmarks, settings, missing), folder, runtime, progress)
     return Completed(message=f"scored {', '.join(missing)}", data={name: refs[name] for name in stages})

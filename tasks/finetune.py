@@ -38,7 +38,7 @@ def finetune(stage: Stage, pruned: Ref, distilled: Ref, settings: Finetune, runt
             run_child("finetune", request, out, runtime, committing)
         return dict(json.loads((out / "tokens.json").read_text()))
 
-    return materialise(stage, produce, engine=min(runtime.finetune_processes, runtime.engines))
+    return materialise(stage, produce, runtime, slots=runtime.finetune_processes)
 
 
 @task(task_run_name="merge {stage.slug}", **STAGE)
@@ -54,4 +54,4 @@ def merge(stage: Stage, pruned: Ref, adapter: Ref, runtime: Runtime) -> State[Re
         )
         return checkpoint_facts(out)
 
-    return materialise(stage, produce, engine=True)
+    return materialise(stage, produce, runtime)

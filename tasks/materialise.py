@@ -15,6 +15,7 @@ from prefect.artifacts import create_link_artifact, create_progress_artifact, up
 from prefect.logging import get_run_logger
 from prefect.states import Completed, State
 
+from tasks.domain.recipe import Runtime
 from tasks.domain.stage import KEY_LENGTH, Stage
 from tasks.engines.child import Progress, refuse_while_stopping
 from tasks.policies import engine_slots
@@ -27,10 +28,10 @@ Produce = Callable[[Path, Progress], dict[str, Any]]  # fills the folder, return
 PROGRESS_SECONDS = 2.0
 
 
-def materialise(stage: Stage, produce: Produce, *, engine: int) -> State[Ref]:
+def materialise(stage: Stage, produce: Produce, runtime: Runtime | None = None, slots: int = 1) -> State[Ref]:
     """Return the stage's artifact as a completed state, named Cached when nothing had to run.
 
-    produce: fills an empty folder and returns the facts. engine: how many of the machine's engine slots it needs.
+    produce: fills an empty folder and returns the facts. runtime: that of an engine, which holds so many slots.
     What an interrupted stage wrote stays out of the store: only a finished folder is published.
     """
     store = ArtifactStore.from_environment()
@@ -40,7 +41,7 @@ def materialise(stage: Stage, produce: Produce, *, engine: int) -> State[Ref]:
             manifest = store.find(stage)  # made by the run that held the lease before
             if not manifest:
                 progress = progress_artifact(stage)
-                with engine_slots(engine):
+                with engine_slots(runtime.engines, slots) if runtime else nullcontext():
                     started = time.monotonic()
                     facts = produce(folder, progress)
                     seconds = time.monotonic() - started

@@ -37,7 +37,7 @@ def resolve_model(stage: Stage, source: ModelSource, runtime: Runtime) -> State[
             )
         return checkpoint_facts(out)
 
-    return materialise(stage, produce, engine=True)
+    return materialise(stage, produce, runtime)
 
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:

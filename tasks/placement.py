@@ -24,7 +24,7 @@ from tasks.engines.child import is_stopping, refuse_while_stopping
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
 from tasks.materialise import Ref, ref_of
-from tasks.policies import STAGE, provide_engine_slots
+from tasks.policies import STAGE
 from tasks.score import score_blocks
 from tasks.store.artifacts import ArtifactStore
 
@@ -116,7 +116,6 @@ def on_ray(cluster: Any, runtime: Runtime) -> Submit:
 @task(task_run_name="{name}", **STAGE)
 def run_on_ray(name: str, stage_task: Task[..., Any], runtime: Runtime, arguments: Sequence[Any], _after: Any) -> Any:
     """The stage, on the machine that Ray has chosen."""
-    provide_engine_slots(runtime.engines)
     return stage_task.fn(*arguments)
 
 

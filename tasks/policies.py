@@ -1,22 +1,24 @@
-"""How Prefect runs a stage: retries, caching, slots. The only place that knows."""
+"""How stages are tried again, and how many engines a machine runs at a time."""
 
 from __future__ import annotations
 
-import platform
+import fcntl
+import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
 
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
-from prefect.concurrency.sync import concurrency
 from prefect.tasks import exponential_backoff
 
 from tasks.domain.errors import PipelineError
+from tasks.engines.child import is_stopping, refuse_while_stopping
 
-# Child processes that use this machine's device at the same time.
-ENGINE_SLOTS = f"sdd-engine-{platform.node() or 'host'}"
-LEASE_SECONDS = 60  # a killed holder's slot is free again after about this long
+# A slot is a file that its holder has locked; the kernel frees those of a killed process at once.
+SLOTS = Path(tempfile.gettempdir(), f"sdd-engine-slots-{os.getuid()}")
+LOOK_SECONDS = 0.2  # from one look at slots that others hold to the next
 
 
 def may_pass(_task: Any, _run: Any, state: Any) -> bool:
@@ -36,23 +38,41 @@ STAGE: dict[str, Any] = {
 }
 
 
-def provide_engine_slots(count: int) -> None:
-    """Create or adjust this machine's limit on engine processes."""
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(ENGINE_SLOTS, count)
-
-
-def free_engine_slots() -> int:
-    with get_client(sync_client=True) as client:
-        limit = client.read_global_concurrency_limit_by_name(ENGINE_SLOTS)
-    return max(0, int(limit.limit - limit.active_slots))
-
-
 @contextmanager
-def engine_slots(count: int = 1) -> Iterator[None]:
-    """Hold so many slots, waiting for them."""
-    if count == 0:
-        yield
-        return
-    with concurrency(ENGINE_SLOTS, occupy=count, strict=True, lease_duration=LEASE_SECONDS):
-        yield
+def engine_slots(engines: int, least: int = 1, most: int = 0) -> Iterator[int]:
+    """Hold `least` of the machine's engine slots, waiting for them, and up to `most` that are free; yields how many.
+
+    engines: how many slots the machine has. A slot is a child process that may use the machine's devices beside others.
+    """
+    SLOTS.mkdir(mode=0o700, parents=True, exist_ok=True)
+    wanted, held = min(max(least, most), engines), 0
+    with ExitStack() as slots:
+        # One at a time collects, else two that need several would wait for each other.
+        while not (queue := _locked("queue")) and least:
+            _pause()
+        with queue or ExitStack():
+            while queue:
+                for number in range(engines):
+                    if held < wanted and (slot := _locked(str(number))):
+                        slots.enter_context(slot)
+                        held += 1
+                if held >= min(least, engines):
+                    break
+                _pause()
+        yield held
+
+
+def _locked(name: str) -> TextIO | None:
+    """The file, locked until it is closed; None while somebody else has it."""
+    file = (SLOTS / name).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _pause() -> None:
+    if is_stopping(LOOK_SECONDS):
+        refuse_while_stopping("waiting for an engine slot")

@@ -52,7 +52,7 @@ def prune(stage: Stage, model: Ref, distances: Ref, settings: Prune, runtime: Ru
         run_child("verify", request, out, runtime, progress)
         return facts
 
-    return materialise(stage, produce, engine=True)
+    return materialise(stage, produce, runtime)
 
 
 def refuse_what_cannot_be_cut(checkpoint: Path) -> None:

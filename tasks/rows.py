@@ -50,7 +50,7 @@ def load_rows(stage: Stage, dataset: Dataset, benchmarks: Ref | None) -> State[R
             raise DataError("dataset.overlap_words: every row overlaps a benchmark item; give other rows")
         return {"rows": sum(counts.values()), "sources": counts, "overlapping": dropped}
 
-    return materialise(stage, produce, engine=False)
+    return materialise(stage, produce)
 
 
 def benchmark_text(stage: Stage, benchmarks: Ref | None) -> BenchmarkText | None:

@@ -61,7 +61,7 @@ def score_blocks(
             "best_start": {str(count + 1): starts[0] for count, starts in enumerate(ranked["starts_by_count"])},
         }  # fmt: skip
 
-    return materialise(stage, produce, engine=True)
+    return materialise(stage, produce, runtime)
 
 
 def _texts(calibration: Calibration) -> list[Any]:

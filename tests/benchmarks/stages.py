@@ -271,9 +271,7 @@ class _Rewriting:
         from tasks.domain.recipe import Runtime
         from tasks.domain.stage import Stage
         from tasks.engines.child import run_child
-        from tasks.policies import provide_engine_slots
 
-        provide_engine_slots(engines)
         loaded: list[float] = []
 
         def watched(name: str, request: Any, out: Path, runtime: Any, progress: Callable[[float, str], None]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,14 +19,14 @@ from prefect.runtime import flow_run
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks.domain.errors import ConfigError
+from tasks.domain.errors import ConfigError, EngineError
 from tasks.domain.recipe import Runtime
 from tasks.domain.stage import Stage
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise, progress_artifact, transfer
-from tasks.policies import STAGE, free_engine_slots, provide_engine_slots
+from tasks.policies import STAGE, engine_slots
 from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore
-from tests.conftest import enlarge
+from tests.conftest import ROOT, enlarge
 from tests.store.conftest import FILES, contents, objects, produced
 
 ROWS = Stage("rows", 1, {"seed": 0}, slug="pico")
@@ -38,7 +41,7 @@ def rows() -> State[Ref]:
         produced(out)
         return {"rows": 1}
 
-    return materialise(ROWS, produce, engine=False)
+    return materialise(ROWS, produce)
 
 
 @task(**STAGE)
@@ -48,7 +51,7 @@ def copy(source: Ref) -> State[Ref]:
         produced(out, contents(folder_of(source)))
         return {}
 
-    return materialise(COPY, produce, engine=False)
+    return materialise(COPY, produce)
 
 
 @flow(task_runner=ThreadPoolTaskRunner(max_workers=8), persist_result=False)
@@ -64,6 +67,13 @@ def store(stack: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return ArtifactStore.from_environment()
 
 
+@pytest.fixture
+def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Engine slots as on a machine of its own."""
+    monkeypatch.setattr("tasks.policies.SLOTS", tmp_path / "slots")
+    return tmp_path / "slots"
+
+
 def test_a_stage_that_many_ask_for_at_once_is_computed_once(store: ArtifactStore) -> None:
     refs = pipeline(4)
     assert sorted(computed) == ["copy", "rows"]
@@ -73,25 +83,72 @@ def test_a_stage_that_many_ask_for_at_once_is_computed_once(store: ArtifactStore
     assert sorted(computed) == ["copy", "rows"]
 
 
-def test_a_stage_holds_the_engine_slots_that_it_needs(store: ArtifactStore) -> None:
+def free_slots(engines: int) -> int:
+    with engine_slots(engines, least=0, most=engines) as free:
+        return free
+
+
+def test_a_stage_holds_the_engine_slots_that_it_needs(store: ArtifactStore, tmp_path: Path, slots: Path) -> None:
     free: list[int] = []
 
     @task(**STAGE)
     def shared_by_two() -> State[Ref]:
         def produce(out: Path, progress: Progress) -> dict[str, Any]:
-            free.append(free_engine_slots())
+            free.append(free_slots(3))
+            produced(out)
             return {}
 
-        return materialise(ROWS, produce, engine=2)
+        return materialise(ROWS, produce, Runtime(device="cpu", engines=3), slots=2)
 
     @flow(persist_result=False)
     def alone() -> None:
-        provide_engine_slots(3)
         shared_by_two()
-        free.append(free_engine_slots())
+        free.append(free_slots(3))
 
     alone()
     assert free == [1, 3]
+
+
+def test_runs_wait_for_slots_until_their_holder_ends_or_dies(slots: Path) -> None:
+    """Two holders in processes of their own: one gives its slot back, the other is killed with -9."""
+    hold = (
+        "import sys, pathlib, tasks.policies as p; p.SLOTS = pathlib.Path(sys.argv[1])\n"
+        "with p.engine_slots(2): print('held', flush=True); sys.stdin.readline()"
+    )
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", hold, str(slots)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+        )
+        for _ in range(2)
+    ]
+    for holder in holders:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+    assert free_slots(2) == 0
+    held = threading.Event()
+
+    def both() -> int:
+        with engine_slots(2, least=2) as count:
+            held.set()
+            return count
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(both)
+        holders[0].kill()
+        holders[0].wait()
+        assert not held.is_set(), "one of two is not enough"
+        holders[1].communicate(b"\n")
+        assert waiting.result() == 2
+    assert free_slots(2) == 2
+
+
+def test_a_waiting_run_that_is_stopped_waits_no_longer(slots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping = threading.Event()
+    monkeypatch.setattr("tasks.engines.child._stopping", stopping)
+    with engine_slots(1), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: engine_slots(1).__enter__())
+        stopping.set()
+        with pytest.raises(EngineError, match="the run is being stopped"):
+            waiting.result()
 
 
 @pytest.mark.parametrize("damage", ["other bytes", "cut off", "gone", "manifest", "in the mirror"])
@@ -130,11 +187,10 @@ def test_an_engine_that_fills_the_disk_is_not_retried_and_goes_on_once_there_is_
             run_child("merge", {"checkpoint": str(pico), "adapter": str(pico)}, out, Runtime(device="cpu"), progress)
             return {}
 
-        return materialise(ROWS, produce, engine=True)
+        return materialise(ROWS, produce, Runtime(device="cpu"))
 
     @flow(persist_result=False)
     def run() -> Ref:
-        provide_engine_slots(1)
         ref: Ref = merge.submit().result()
         return ref
 

@@ -22,7 +22,6 @@ from tasks.domain.span import Span
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of
 from tasks.model import resolve_model
-from tasks.policies import provide_engine_slots
 from tasks.prune import cut, prune
 from tasks.score import score_blocks
 from tasks.store.artifacts import ArtifactStore
@@ -39,7 +38,6 @@ LEAKED = "Tell me: what did traveller 2 see near the garden? I must know."  # a 
 
 @flow(persist_result=False)
 def scoring(preset: Preset) -> Ref:
-    provide_engine_slots(1)
     plan = build_plan(preset)
     model = resolve_model.submit(plan.model, preset.model, preset.runtime)
     once = score_blocks.with_options(retries=0)
@@ -49,7 +47,6 @@ def scoring(preset: Preset) -> Ref:
 
 @flow(persist_result=False)
 def pruning(preset: Preset) -> None:
-    provide_engine_slots(1)
     plan = build_plan(preset)
     model = resolve_model.submit(plan.model, preset.model, preset.runtime)
     distances = score_blocks.submit(plan.distances, model, None, None, preset.score, preset.runtime)

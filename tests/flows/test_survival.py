@@ -25,17 +25,16 @@ SHARD = 8
 
 # Runs a preset up to its dataset, in small shards. KILLED: dies once the first of them is in the store.
 GENERATE = f"""
-import os, signal, sys
+import os, pathlib, signal, sys
 import tasks.distil, tasks.materialise, tasks.policies, tasks.store.lease, tasks.store.parts
 from prefect import flow
 from flows.plan import build_plan
 from tasks.domain.recipe import load_preset
 from tasks.model import resolve_model
-from tasks.policies import provide_engine_slots
 from tasks.rows import load_rows
 tasks.distil.SHARD_ROWS, tasks.materialise.PROGRESS_SECONDS, tasks.store.lease.LEASE_SECONDS = {SHARD}, 0.0, 5.0
 tasks.distil.SHARDS_AN_ENGINE = 1
-tasks.policies.ENGINE_SLOTS += f"-{{os.getpid()}}"  # the killed one's are free again only after a minute
+tasks.policies.SLOTS = pathlib.Path(os.environ["SDD_MIRROR"], "slots")
 committed, digest = [], tasks.store.parts.sha256_of
 def sha256_of(path):
     if os.environ.get("KILLED") and committed:
@@ -47,7 +46,6 @@ tasks.store.parts.sha256_of = sha256_of
 def generate():
     preset = load_preset(sys.argv[1], tuple(sys.argv[2:]))
     plan = build_plan(preset)
-    provide_engine_slots(9)
     model = resolve_model(plan.model, preset.model, preset.runtime)
     rows = load_rows(plan.rows, preset.dataset, None)
     tasks.distil.distil(plan.distilled, model, rows, preset.distil, preset.runtime)
@@ -56,9 +54,9 @@ generate()
 
 # `python -m flows.recover` with engine slots of its own, as on a machine of its own, and short pauses.
 RECOVER = """
-import os, sys
+import os, pathlib, sys
 import tasks.policies, tasks.store.lease
-tasks.policies.ENGINE_SLOTS += f"-{os.getpid()}"
+tasks.policies.SLOTS = pathlib.Path(os.environ["SDD_MIRROR"], "slots")
 tasks.policies.STAGE["retry_delay_seconds"] = 0.1
 tasks.store.lease.LEASE_SECONDS = 10.0
 from flows.recover import main
