@@ -6,10 +6,12 @@ shape and byte range of each tensor, then the bytes.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from tasks.domain.errors import ModelUnsupported
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-COPY_BYTES = 64 * 2**20
+COPY_BYTES = 2**20  # at once; sendfile's own pipe holds 64 KB and takes a third longer
 ALIGNMENT = 8
 PAGE = 4096
 
@@ -98,16 +100,24 @@ def _write_shard(path: Path, shard: Mapping[str, Tensor]) -> None:
     first = next(iter(shard.values()))
     # The kernel moves whole pages, 1.6 times as fast, where tensors begin at the same place of a page as before.
     encoded += b" " * ((first.start - first.start % ALIGNMENT - 8 - len(encoded)) % PAGE)
-    with path.open("wb") as target, first.file.open("rb") as source:
-        target.write(struct.pack("<Q", len(encoded)) + encoded)
-        target.flush()
-        for start, end in _adjacent(shard.values()):
-            position = start
-            while position < end:
-                moved = os.sendfile(target.fileno(), source.fileno(), position, min(end - position, COPY_BYTES))
-                if not moved:
-                    raise OSError(f"{first.file} ends before the tensor does")
-                position += moved
+    reading, writing = os.pipe()
+    try:
+        with suppress(PermissionError):  # users have a limit; the default size does too
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, COPY_BYTES)
+        with path.open("wb") as target, first.file.open("rb") as source:
+            target.write(struct.pack("<Q", len(encoded)) + encoded)
+            target.flush()
+            for start, end in _adjacent(shard.values()):
+                while start < end:
+                    moved = os.splice(source.fileno(), writing, min(end - start, COPY_BYTES), offset_src=start)
+                    if not moved:
+                        raise OSError(f"{first.file} ends before the tensor does")
+                    start += moved
+                    while moved:
+                        moved -= os.splice(reading, target.fileno(), moved)
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def _adjacent(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
