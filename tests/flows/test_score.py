@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -11,13 +13,15 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import torch
 from prefect import flow
+from transformers import AutoModelForCausalLM
 
 import tasks.prune
 import tasks.score
 from flows.plan import build_plan
 from tasks.domain.errors import EngineError, GateError
-from tasks.domain.recipe import Preset, Runtime, load_preset
+from tasks.domain.recipe import Preset, Prune, Runtime, load_preset
 from tasks.domain.span import Span
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of
@@ -31,7 +35,7 @@ from tests.store.conftest import contents, objects
 from tests.tiny_data import write_data_root, write_preset
 
 SAMPLES = 100
-
+COUNT = 2  # blocks to remove
 
 LEAKED = "Tell me: what did traveller 2 see near the garden? I must know."  # a question of tests/tiny_data.py
 
@@ -119,3 +123,44 @@ def test_a_cut_that_fails_its_gate_is_not_published(preset: Preset, monkeypatch:
     assert len(cuts) == 1
     store = ArtifactStore.from_environment()
     assert objects(store, "score") and not objects(store, "prune")
+
+
+def test_the_candidate_with_the_lowest_perplexity_is_cut(
+    preset: Preset, pico: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the three nearest spans the first one is not the one that transformers itself finds the best."""
+    cuts: list[Span] = []
+    found: dict[int, float] = {}
+
+    def watched(_original: Path, out: Path, span: Span) -> dict[str, Any]:
+        cuts.append(span)
+        found.update((each["start"], each["perplexity"]) for each in json.loads((out / "candidates.json").read_text()))
+        raise GateError("the choice was seen")
+
+    monkeypatch.setattr(tasks.prune, "cut", watched)
+    scores = folder_of(scoring(preset))
+    nearest = json.loads((scores / "ranking.json").read_text())["starts_by_count"][COUNT - 1][:3]
+    samples = [json.loads(line) for line in (scores / "tokens.jsonl").read_text().splitlines()]
+    losses = {start: loss_without(pico, start, samples) for start in nearest}
+    best = min(losses, key=losses.__getitem__)
+    assert best != nearest[0]
+    with pytest.raises(GateError, match="the choice was seen"):
+        pruning(preset.model_copy(update={"prune": Prune(blocks=COUNT, candidates=3)}))
+    assert cuts == [Span(best, COUNT, 6)]
+    assert {start: math.log(perplexity) for start, perplexity in found.items()} == pytest.approx(losses, rel=1e-4)
+
+
+def loss_without(checkpoint: Path, start: int, samples: list[list[int]]) -> float:
+    """Mean negative log-likelihood of a token in a model whose blocks were really taken out."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    del model.model.layers[start : start + COUNT]
+    for place, block in enumerate(model.model.layers):
+        block.self_attn.layer_idx = place
+    model.config.num_hidden_layers = len(model.model.layers)
+    total = count = 0.0
+    for sample in samples:
+        ids = torch.tensor([sample])
+        with torch.inference_mode():
+            total += float(model(ids, labels=ids).loss) * (len(sample) - 1)
+        count += len(sample) - 1
+    return total / count

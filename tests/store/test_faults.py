@@ -33,6 +33,7 @@ from tests.store.conftest import FILES, contents, objects, produced, stage
 
 MB = 2**20
 SLOW_SECONDS = 0.3  # until a slow server begins to answer
+SLOW_BYTES = 3000  # that it takes a second
 BIG = {"weights.bin": bytes(range(256)) * (12 * MB // 256), "rows.jsonl": b'{"id": 1}\n'}
 
 # Publishes stage(rows=N), and kills itself with -9 before its N-th step, or ends with 0 where there are fewer.
@@ -295,7 +296,7 @@ class Handler(BaseHTTPRequestHandler):
             text = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
             return self.reply(503, {"Content-Type": "application/xml"}, text)
         if fault == "slow":
-            time.sleep(SLOW_SECONDS)
+            time.sleep(SLOW_SECONDS + len(body) / SLOW_BYTES)
         upstream = http.client.HTTPConnection(self.server.target, timeout=30)
         upstream.request(self.command, self.path, body, dict(self.headers))
         got = upstream.getresponse()
@@ -369,7 +370,7 @@ def test_throttling_is_waited_out(proxy: Proxy, tmp_path: Path, monkeypatch: pyt
 def test_a_slow_server_costs_time_and_nothing_else(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Publishing takes longer than a lease without a heartbeat lasts, while a second run waits to take it over."""
+    """One file takes longer than a lease without a heartbeat lasts, while a second run waits to take it over."""
     monkeypatch.setattr("tasks.store.lease.LEASE_SECONDS", 10 * SLOW_SECONDS)
     monkeypatch.setattr("tasks.store.lease.POLL_SECONDS", 0.05)
     root, seen, made = f"s3://sdd/{uuid4().hex}", list[tuple[str, str]](), list[str]()
