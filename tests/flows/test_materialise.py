@@ -77,6 +77,7 @@ def test_a_stage_holds_the_engine_slots_that_it_needs(store: ArtifactStore) -> N
     def shared_by_two() -> State[Ref]:
         def produce(out: Path, progress: Progress) -> dict[str, Any]:
             free.append(free_engine_slots())
+            produced(out)
             return {}
 
         return materialise(ROWS, produce, engine=2)
