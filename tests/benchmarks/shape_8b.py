@@ -305,7 +305,7 @@ def finetune(folder: Path, _tokenizer: Path | None, tiny: bool) -> Figures:
         out = _empty(folder / "adapter")
         request = {
             "checkpoint": str(folder / "pruned"), "rows": str(rows), "answers": "answer",
-            "parts": str(_empty(folder / "parts")), "name": "bench", **settings.model_dump(),
+            "parts": str(_empty(folder / "parts")), "name": "bench", "commit_seconds": 3600, **settings.model_dump(),
             "runtime": Runtime(micro_batch=micro_batch).model_dump(),
         }  # fmt: skip
         times.clear()

@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from tasks.domain.stage import json_lines
 from tests.benchmarks.record import alternating, gpus, median_ratio, record
 
 MB = 2**20
@@ -346,7 +347,7 @@ def finetune(folder: Path, model: Path) -> None:
     (parts := folder / "parts").mkdir()
     request = {
         "checkpoint": str(model), "rows": str(write_jsonl(folder / "rows.jsonl", rows)), "answers": "answer",
-        "parts": str(parts), **settings.model_dump(),
+        "parts": str(parts), "commit_seconds": 3600, **settings.model_dump(),
     }  # fmt: skip
     numbers = itertools.count()
 
@@ -383,7 +384,7 @@ def train_with_trl(request: dict[str, Any], out: str) -> float:
                 torch.cuda.synchronize()
             times.append(time.monotonic())
 
-    rows = [json.loads(line) for line in Path(request["rows"]).read_text().splitlines()]
+    rows = [json.loads(line) for line in json_lines(Path(request["rows"]))]
     dataset = Dataset.from_list([
         {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row["answer"]}]} for row in rows
     ])  # fmt: skip
