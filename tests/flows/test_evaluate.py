@@ -23,7 +23,8 @@ TASKS = {"arc_challenge": {"shots": 1, "limit": 4}, "winogrande": {"shots": 1, "
 def preset(stack: dict[str, str], pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Preset:
     folder = tmp_path_factory.mktemp("evaluate")
     os.environ["SDD_DATA_ROOT"] = str(write_data_root(folder / "data"))
-    return load_preset(str(write_preset(folder / "pico.yaml", pico, evaluate={"dtype": "float32", "tasks": TASKS})))
+    settings = {"dtype": "float32", "max_length": 1024, "tasks": TASKS}
+    return load_preset(str(write_preset(folder / "pico.yaml", pico, evaluate=settings)))
 
 
 def states_of_the_newest_run() -> dict[str, str]:
