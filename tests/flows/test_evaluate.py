@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -20,11 +21,15 @@ TASKS = {"arc_challenge": {"shots": 1, "limit": 4}, "winogrande": {"shots": 1, "
 
 
 @pytest.fixture(scope="module")
-def preset(stack: dict[str, str], pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Preset:
+def preset(stack: dict[str, str], pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preset]:
+    """With a store of its own, in which no other test finds artifacts."""
     folder = tmp_path_factory.mktemp("evaluate")
-    os.environ["SDD_DATA_ROOT"] = str(write_data_root(folder / "data"))
-    settings = {"dtype": "float32", "max_length": 1024, "tasks": TASKS}
-    return load_preset(str(write_preset(folder / "pico.yaml", pico, evaluate=settings)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDD_STORE", f"s3://sdd/{uuid4().hex}")
+        patch.setenv("SDD_MIRROR", str(folder / "mirror"))
+        patch.setenv("SDD_DATA_ROOT", str(write_data_root(folder / "data")))
+        settings = {"dtype": "float32", "max_length": 1024, "tasks": TASKS}
+        yield load_preset(str(write_preset(folder / "pico.yaml", pico, evaluate=settings)))
 
 
 def states_of_the_newest_run() -> dict[str, str]:

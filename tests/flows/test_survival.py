@@ -112,7 +112,8 @@ def end(run: subprocess.Popen[str], status: int = 0) -> str:
 
 
 def rows_generated(output: str) -> int:
-    return max((int(total) for total in re.findall(r"\d+ of (\d+) rows, \d+ rewrites accepted", output)), default=0)
+    """As its engine said when it was ready; what it said later may not be in the log of a killed run."""
+    return max((int(total) for total in re.findall(r"the model is loaded, (\d+) rows to rewrite", output)), default=0)
 
 
 def dataset(preset: str, rows: int, root: str, mirror: Path) -> bytes:
