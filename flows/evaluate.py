@@ -38,10 +38,10 @@ def evaluate_checkpoint(checkpoint: str, settings: Evaluate, runtime: Runtime = 
         )
     with children_end_with_the_run():
         wheel = benchmark_items(settings)
-        items = load_benchmarks(wheel, settings.benchmarks) if wheel else None
+        items = load_benchmarks.submit(wheel, settings.benchmarks) if wheel else None
         slug = manifest.address.split("/")[1][: -KEY_LENGTH - 1]
         stages = evaluations(settings, published(manifest, slug), slug)
-        refs = evaluate(stages, slug, ref_of(store, manifest, "hit"), items, settings, runtime)
+        refs = evaluate.submit(stages, slug, ref_of(store, manifest, "hit"), items, settings, runtime).result()
     scores = {task: ref["facts"] for task, ref in refs.items()}
     fields = ("metric", "value", "stderr", "items")
     table = [{"task": task, **{name: facts[name] for name in fields}} for task, facts in scores.items()]
