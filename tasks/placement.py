@@ -43,7 +43,7 @@ def placement(preset: Preset) -> Iterator[Submit]:
     where = preset.runtime.engines_on
     if where == RAY:
         with ray_cluster() as cluster:
-            yield on_ray(cluster, preset.runtime)
+            yield on_ray(cluster)
     else:
         yield engines_on(where, preset) if where else here
 
@@ -85,7 +85,7 @@ def ray_cluster(**options: Any) -> Iterator[Any]:
             yield cluster
 
 
-def on_ray(cluster: Any, runtime: Runtime) -> Submit:
+def on_ray(cluster: Any) -> Submit:
     """Every stage as a task of the cluster; what needs a device has a GPU to itself, where there are any.
 
     The rows are rewritten by as many tasks side by side as there are GPUs, else machines.
@@ -99,8 +99,8 @@ def on_ray(cluster: Any, runtime: Runtime) -> Submit:
     def run(name: str, stage_task: Task[..., Any], arguments: Sequence[Any], after: Sequence[Any] = ()) -> Any:
         engine = stage_task in ENGINES
         parameters = {
-            "name": name, "stage_task": stage_task, "runtime": runtime,
-            "arguments": arguments if engine else _without_device(arguments), "_after": after,
+            "name": name, "stage_task": stage_task, "_after": after,
+            "arguments": arguments if engine else _without_device(arguments),
         }  # fmt: skip
         with remote_options(num_gpus=1 if engine and gpus else 0):
             return cluster.submit(run_on_ray, parameters)
@@ -114,7 +114,7 @@ def on_ray(cluster: Any, runtime: Runtime) -> Submit:
 
 
 @task(task_run_name="{name}", **STAGE)
-def run_on_ray(name: str, stage_task: Task[..., Any], runtime: Runtime, arguments: Sequence[Any], _after: Any) -> Any:
+def run_on_ray(name: str, stage_task: Task[..., Any], arguments: Sequence[Any], _after: Any) -> Any:
     """The stage, on the machine that Ray has chosen."""
     return stage_task.fn(*arguments)
 
