@@ -45,21 +45,26 @@ def engine_slots(engines: int, least: int = 1, most: int = 0) -> Iterator[int]:
     engines: how many slots the machine has. A slot is a child process that may use the machine's devices beside others.
     """
     SLOTS.mkdir(mode=0o700, parents=True, exist_ok=True)
-    wanted, held = min(max(least, most), engines), 0
-    with ExitStack() as slots:
-        # One at a time collects, else two that need several would wait for each other.
-        while not (queue := _locked("queue")) and least:
+    with ExitStack() as held:
+        yield _collect(held, engines, min(least, engines), min(max(least, most), engines))
+
+
+def _collect(held: ExitStack, engines: int, least: int, most: int) -> int:
+    """One run at a time collects, else two that need several would wait for each other's."""
+    while not (queue := _locked("queue")):
+        if not least:
+            return 0
+        _pause()
+    count = 0
+    with queue:
+        while True:
+            for number in range(engines):
+                if count < most and (slot := _locked(str(number))):
+                    held.enter_context(slot)
+                    count += 1
+            if count >= least:
+                return count
             _pause()
-        with queue or ExitStack():
-            while queue:
-                for number in range(engines):
-                    if held < wanted and (slot := _locked(str(number))):
-                        slots.enter_context(slot)
-                        held += 1
-                if held >= min(least, engines):
-                    break
-                _pause()
-        yield held
 
 
 def _locked(name: str) -> TextIO | None:
