@@ -178,7 +178,10 @@ def _details(preset: Preset, stages: Mapping[str, Ref]) -> dict[str, Any]:
     return {
         "note": preset.note,
         "distances": json.loads((folder_of(stages["score"]) / "distances.json").read_text()),
-        "losses": {arm: _json_lines(folder_of(stages[f"finetune {arm}"]) / "loss.jsonl") for arm in ARMS},
+        "losses": {
+            arm: [json.loads(line) for line in json_lines(folder_of(stages[f"finetune {arm}"]) / "loss.jsonl")]
+            for arm in ARMS
+        },
         "examples": _examples(folder_of(stages["distil"]) / "rows.jsonl"),
         "settings": yaml.safe_dump(preset.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         "shots": {
@@ -194,15 +197,11 @@ def _details(preset: Preset, stages: Mapping[str, Ref]) -> dict[str, Any]:
 def _examples(path: Path) -> list[dict[str, Any]]:
     """The first few rows of each outcome."""
     left, shown = dict(SHOWN_ROWS), []
-    for row in _json_lines(path):
+    for row in map(json.loads, json_lines(path)):
         if left.get(row["outcome"], 0) > 0:
             left[row["outcome"]] -= 1
             shown.append({**row, "prompt": row["prompt"][-1]["content"]})
     return sorted(shown, key=lambda row: list(SHOWN_ROWS).index(row["outcome"]))
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in json_lines(path)]
 
 
 def _optional(value: float | None, form: str) -> str:

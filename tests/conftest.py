@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -61,6 +62,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def enlarge(disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+
+
+RESULT = ("model", "span", "pruned", "dataset", "chance", "difference", "training", "models")  # of a report.json
+
+
+def comparable_report(folder: Path) -> dict[str, Any]:
+    """Its report.json, with addresses relative to the run's store."""
+    text = (folder / "report.json").read_text()
+    return dict(json.loads(re.sub(r"s3://sdd/[^/\"]+/", "", text)))
+
+
+def result_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on when, where and how often a run was started."""
+    return {name: report[name] for name in RESULT}
 
 
 def build_pico(folder: Path, **changes: Any) -> Path:

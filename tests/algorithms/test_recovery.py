@@ -190,7 +190,7 @@ def test_each_task_recovers_by_itself() -> None:
     assert found["never"] is None and rarely == {"a": None}, "a draw with nothing right has no ratio"
     for task in unpruned:
         assert found[task] == recovered_percent({task: model[task]}, {task: unpruned[task]})
-        assert found[task] is not None and found[task].low < found[task].value < found[task].high  # type: ignore[union-attr]
+        assert (estimate := found[task]) is not None and estimate.low < estimate.value < estimate.high
 
 
 def test_without_a_right_answer_of_the_unpruned_model_there_is_no_recovery() -> None:

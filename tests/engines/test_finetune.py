@@ -32,9 +32,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", made)
 
 
+def losses(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+
+
 def outcome(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, Any]]:
-    entries = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
-    return entries, load_file(folder / "adapter_model.safetensors"), json.loads((folder / "tokens.json").read_text())
+    return (
+        losses(folder),
+        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / "tokens.json").read_text()),
+    )
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(pico: Path, rows: Path, tmp_path: Path) -> None:
@@ -176,10 +183,6 @@ def check_equal_but_for_rounding(one: Path, other: Path) -> None:
             assert torch.allclose(found[name], weight, rtol=1e-4, atol=1e-5), name
     counts, expected_counts = (json.loads((folder / "tokens.json").read_text()) for folder in (other, one))
     assert counts == pytest.approx(expected_counts, abs=1e-5)
-
-
-def losses(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

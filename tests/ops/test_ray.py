@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -21,9 +20,8 @@ from prefect.states import Cancelling
 from deployments.local import _free_port
 from flows.plan import build_plan
 from tasks.domain.recipe import Preset
-from tests.conftest import ROOT
+from tests.conftest import ROOT, comparable_report, result_of
 from tests.ops.conftest import ended, eventually, kill, start, with_settings, worker
-from tests.ops.test_kills import SAME
 from tests.ops.test_operations import engines
 
 AGENTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port")
@@ -99,11 +97,10 @@ def test_two_ray_workers_make_what_one_process_makes(wide: Preset, cluster: Clus
     preset, alone = tmp_path / "pico.yaml", {"SDD_STORE": "s3://sdd/alone", "SDD_MIRROR": str(tmp_path / "alone")}
     preset.write_text(yaml.safe_dump(wide.model_dump(mode="json")))
     swept = run("sweep", str(preset), "--blocks", "1", "2", "--set", "runtime.engines_on=ray", **cluster.variables)
-    report = json.loads(Path(run("recover", str(preset), **alone), "report.json").read_text())
+    report = comparable_report(Path(run("recover", str(preset), **alone)))
     lines = list(csv.DictReader(Path(swept, "comparison.csv").read_text().splitlines()))
     assert [line["blocks"] for line in lines] == ["1"] * 4 + ["2"] * 4
-    on_ray = json.loads(Path(lines[-1]["report"], "report.json").read_text())
-    assert {name: on_ray[name] for name in SAME} == {name: moved(report[name]) for name in SAME}
+    assert result_of(comparable_report(Path(lines[-1]["report"]))) == result_of(report)
     dataset = build_plan(wide).distilled.address
     mirrors = [Path(alone["SDD_MIRROR"]), *Path(cluster.variables["SDD_MIRROR"]).parent.iterdir()]
     (rows,) = {path.read_bytes() for mirror in mirrors for path in mirror.glob(f"{dataset}/rows.jsonl")}
@@ -126,8 +123,3 @@ def test_cancelling_a_run_on_ray_frees_the_devices(wide: Preset, cluster: Cluste
         client.set_flow_run_state(run, Cancelling())
         eventually(lambda: not at_work(), "the end of the engines", 60)
         assert ended(run).state_name == "Cancelled"
-
-
-def moved(part: Any) -> Any:
-    """The same with the other store's addresses."""
-    return json.loads(json.dumps(part).replace("s3://sdd/alone", "s3://sdd/ray"))
