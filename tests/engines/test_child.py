@@ -24,8 +24,9 @@ from tasks.domain.errors import ConfigError, DataError, EngineError, GateError, 
 from tasks.domain.recipe import Finetune, Runtime
 from tasks.domain.span import Span
 from tasks.engines.child import _environment, _gpus, _gpus_for, run_child
-from tasks.engines.children.finetune import IGNORED, answer_loss, answer_tokens_of, finetune, packed, read_examples
+from tasks.engines.children.finetune import IGNORED, answer_loss, answer_tokens_of, finetune, read_examples
 from tasks.engines.children.merge import merge
+from tasks.engines.children.packing import packed
 from tasks.engines.children.verify import verify
 from tasks.prune import cut
 from tests.conftest import build_pico, descendants, pocket_pairs, write_jsonl
@@ -597,8 +598,10 @@ def test_both_arms_train_on_the_same_rows(pico: Path, rows: Path) -> None:
 
 def test_rows_are_packed_with_positions_of_their_own() -> None:
     batch = packed([{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8, 9], "labels": [IGNORED, 9]}])
+    assert batch.pop("max_length_q") == 3
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9]], "position_ids": [[0, 1, 2, 0, 1]], "labels": [[IGNORED, 6, 7, IGNORED, 9]],
+        "cu_seq_lens_q": [0, 3, 5],
     }  # fmt: skip
 
 

@@ -6,20 +6,23 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GptOssConfig, MistralConfig
 
 import tasks.engines.children.finetune as child
 from tasks.domain.errors import EngineError, GateError
 from tasks.domain.recipe import Runtime
 from tasks.engines.child import run_child
-from tasks.engines.children.finetune import finetune, read_examples
+from tasks.engines.children import packing
+from tasks.engines.children.finetune import IGNORED, finetune, read_examples
 from tasks.engines.children.merge import merge
+from tasks.engines.children.packing import packed
 from tests.conftest import descendants, write_jsonl
 from tests.engines.test_child import RUNTIME, children_running, ends, finetune_request, quiet, training_row
 from tests.store.conftest import contents
@@ -82,7 +85,7 @@ def test_the_epoch_with_the_lowest_validation_loss_is_kept(pico: Path, rows: Pat
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), tmp_path / "a").eval()
     with torch.inference_mode():
-        total = sum(float(child.answer_loss(model, child.packed([row]))) for row in examples.validation)
+        total = sum(float(child.answer_loss(model, packed([row]))) for row in examples.validation)
     assert total / child.answer_tokens_of(examples.validation) == pytest.approx(min(losses), rel=1e-3)
 
 
@@ -261,3 +264,54 @@ def test_a_rank_that_dies_ends_all(pico: Path, rows: Path, tmp_path: Path) -> No
         run_child("finetune", request, tmp_path, SHARED, kill)
     assert caught.value.retryable and "signal SIGKILL" in str(caught.value)
     assert all(ends(pid) for pid in killed)
+
+
+def attention_of_each_row(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, *_: Any, scale: float,
+    window_size: tuple[int, int],
+) -> torch.Tensor:  # fmt: skip
+    """Stands in for varlen_attn, which has no kernel for CPUs."""
+    made = []
+    for start, end in pairwise(starts.tolist()):
+        back = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
+        row = (states[start:end].transpose(0, 1) for states in (q, k, v))
+        made.append(torch.nn.functional.scaled_dot_product_attention(*row, attn_mask=seen, scale=scale).transpose(0, 1))
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_attention_is_that_of_the_model_itself(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients, with fewer keys than queries; on a GPU with the kernel that trainings use."""
+    torch.manual_seed(0)
+    device, tolerance = ("cuda", 0.05) if torch.cuda.is_available() else ("cpu", 1e-4)
+    if device == "cpu":
+        monkeypatch.setattr(packing, "varlen_attn", attention_of_each_row)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=99, num_key_value_heads=2, sliding_window=window, **shape)
+    model = AutoModelForCausalLM.from_config(config).to(device)
+    rows = [{"input_ids": (ids := torch.randint(99, (size,)).tolist()), "labels": ids} for size in (9, 1, 17, 5)]
+    for row in rows:
+        row["labels"] = [IGNORED, *row["labels"][1:]]
+    found = []
+    for own in (True, False):
+        if not own:
+            packing.use_packed_attention(model)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = child.answer_loss(model, packed(rows, device))
+        model.zero_grad()
+        loss.backward()
+        found.append((loss.item(), [weight.grad.clone() for weight in model.parameters()]))
+    assert model.config._attn_implementation == packing.PACKED
+    assert found[1][0] == pytest.approx(found[0][0], rel=tolerance)
+    for gradient, expected in zip(found[1][1], found[0][1], strict=True):
+        assert torch.allclose(gradient, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def test_attention_with_a_cap_or_sinks_stays_as_it_is() -> None:
+    for config in (Gemma2Config(**(few := {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 99})),
+                   GptOssConfig(num_local_experts=2, intermediate_size=64, **few)):  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+        before = model.config._attn_implementation
+        packing.use_packed_attention(model)
+        assert model.config._attn_implementation == before

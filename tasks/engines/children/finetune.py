@@ -25,6 +25,7 @@ from tasks.domain.errors import DataError, GateError
 from tasks.domain.stage import json_lines
 from tasks.engines.children import ranks
 from tasks.engines.children.border import Report, device_of, serve
+from tasks.engines.children.packing import Batch, Example, packed, use_packed_attention
 
 IGNORED = -100  # label that bears no loss
 MAX_GRADIENT_NORM = 1.0
@@ -32,9 +33,6 @@ SEED_STRIDE = 1_000_003
 
 # On Hopper its backward pass gives NaN for masked sequences of 128 k + 64 tokens (pytorch/pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
-
-Example = dict[str, list[int]]
-Batch = dict[str, torch.Tensor]
 
 
 def finetune(request: dict[str, Any], out: Path, report: Report) -> None:
@@ -127,29 +125,15 @@ def _validation_ids(ids: list[str], share: float, seed: int) -> set[str]:
     return set(drawn[: math.ceil(share * len(ids))])
 
 
-def packed(batch: list[Example], device: str = "cpu") -> Batch:
-    """One sequence of all rows without padding, (1, tokens) each; positions start again with every row.
-
-    Attention stays within a row: without a mask, the model derives the borders from the positions.
-    """
-    columns = {
-        "input_ids": [token for row in batch for token in row["input_ids"]],
-        "position_ids": [place for row in batch for place in range(len(row["input_ids"]))],
-        "labels": [label for row in batch for label in row["labels"]],
-    }
-    return {name: torch.tensor([values], device=device) for name, values in columns.items()}
-
-
 def answer_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Summed cross-entropy of the answer tokens of a packed batch.
 
     Logits are computed only where a label is: on a small model the vocabulary is most of the work.
     """
-    labels = batch["labels"][0]
+    inputs = dict(batch)
+    labels = inputs.pop("labels")[0]
     answers = torch.nonzero(labels != IGNORED).squeeze(1)
-    logits = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=answers - 1
-    ).logits[0]
+    logits = model(**inputs, use_cache=False, logits_to_keep=answers - 1).logits[0]
     return torch.nn.functional.cross_entropy(logits.float(), labels[answers], reduction="sum")
 
 
@@ -313,6 +297,8 @@ def _model(request: dict[str, Any]) -> Any:
     full = request["method"] == "full"
     dtype = torch.float32 if full else getattr(torch, request["dtype"])
     model = AutoModelForCausalLM.from_pretrained(request["checkpoint"], dtype=dtype)
+    if device_of(request["runtime"]) == "cuda" and request["dtype"] == "bfloat16":
+        use_packed_attention(model)
     if full:
         return model
     targets = request["targets"]
