@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from tasks.domain.errors import ConfigError, DataError, EngineError, GateError, 
 from tasks.domain.recipe import Finetune, Runtime
 from tasks.domain.span import Span
 from tasks.engines.child import _environment, _gpus, _gpus_for, run_child
+from tasks.engines.children.border import vllm_options
 from tasks.engines.children.finetune import IGNORED, answer_loss, answer_tokens_of, finetune, read_examples
 from tasks.engines.children.merge import merge
 from tasks.engines.children.packing import packed
@@ -594,6 +596,21 @@ def test_both_arms_train_on_the_same_rows(pico: Path, rows: Path) -> None:
         for arm in arms
     ]
     assert prompts[0] == prompts[1] and len(prompts[0]) == 5
+
+
+def test_a_share_of_the_gpu_below_the_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card is a stand-in of 10 GB, the weights a sparse file of 3."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=10**10))
+    (weights := tmp_path / "model.safetensors").touch()
+    os.truncate(weights, 3 * 10**9)
+    request = {"checkpoint": str(tmp_path), "dtype": "bfloat16", "max_length": 64, "seed": 0}
+
+    def options(share: float) -> dict[str, Any]:
+        return vllm_options(request | {"runtime": {"device": "cuda", "gpu_memory": share, "engines": 2}})
+
+    assert options(0.5)["kv_cache_memory_bytes"] == 10**9
+    with pytest.raises(ConfigError, match=r"runtime\.gpu_memory=0\.20.*10 GB.*3\.0 GB of weights; raise it"):
+        options(0.2)
 
 
 def test_rows_are_packed_with_positions_of_their_own() -> None:

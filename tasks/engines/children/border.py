@@ -12,12 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks.domain.errors import OutOfMemory, PipelineError, disk_full
+from tasks.domain.errors import ConfigError, OutOfMemory, PipelineError, disk_full
 
 Report = Callable[[float, str], None]
 Run = Callable[[dict[str, Any], Path, Report], None]
 
 GRAPH_SIZES = [1, 8, 32, 64, 128, 256, 512]  # sequences of a decode step; others are padded to the next
+FULL_DEVICE = ("less than desired GPU memory utilization", "CUDA error: out of memory")  # vLLM's and CUDA's own
 CPU_PREFILL_TOKENS = 4096  # a batch; more only costs memory
 
 
@@ -49,8 +50,8 @@ def as_told(error: Exception) -> PipelineError | None:
     """What the parent is to raise; None for errors that only the log explains."""
     if isinstance(error, PipelineError):
         return error
-    # torch's own error (torch is not imported for it), or vLLM's words for a device that others have filled.
-    if type(error).__name__ == "OutOfMemoryError" or "less than desired GPU memory utilization" in str(error):
+    # torch's own error (torch is not imported for it), or the words for a device that others have filled.
+    if type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in FULL_DEVICE):
         return OutOfMemory(f"{type(error).__name__}: {error}")
     return None
 
@@ -82,11 +83,20 @@ def vllm_options(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cache_bytes(checkpoint: Path, share: float) -> int:
-    """Half of what the weights leave of the engine's share of the GPU; logits and activations have the other half."""
+    """Half of what the weights leave of the engine's share of the GPU; logits and activations have the other half.
+
+    Raises ConfigError if they leave nothing.
+    """
     import torch
 
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    return int(share * torch.cuda.get_device_properties(0).total_memory - weights) // 2
+    memory = torch.cuda.get_device_properties(0).total_memory
+    if share * memory <= weights:
+        raise ConfigError(
+            f"runtime.gpu_memory={share:.2f}: this share of the GPU's {memory / 1e9:.0f} GB is less than the model's "
+            f"{weights / 1e9:.1f} GB of weights; raise it, or lower runtime.engines"
+        )
+    return int(share * memory - weights) // 2
 
 
 class Meter(tqdm):

@@ -245,12 +245,16 @@ class _Training:
             self.best = {name: weight.detach().cpu().clone() for name, weight in self.trained.items()}
 
     def _micro_batches(self, rows: list[Example]) -> Iterator[tuple[Batch, float]]:
-        """This rank's part of the rows; as many batches on every rank, a last one for company of weight 0, not 1."""
-        size = min(self.request["runtime"]["micro_batch"], math.ceil(len(rows) / ranks.count()))
-        batches = [rows[first : first + size] for first in range(0, len(rows), size)]
-        for first in range(0, len(batches), ranks.count()):
-            place = first + ranks.rank()
-            yield packed(batches[min(place, len(batches) - 1)], self.device), float(place < len(batches))
+        """This rank's part of the rows, every batch with its share of the long ones, for the longest sets the memory.
+
+        As many batches on every rank, those for company of weight 0, not 1.
+        """
+        least = math.ceil(len(rows) / self.request["runtime"]["micro_batch"])
+        count = math.ceil(least / ranks.count()) * ranks.count()
+        by_length = sorted(rows, key=lambda row: len(row["input_ids"]))
+        for first in range(ranks.rank(), count, ranks.count()):
+            batch = by_length[first::count]
+            yield packed(batch or rows[:1], self.device), float(bool(batch))
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.request["dtype"] == "bfloat16")
