@@ -64,9 +64,11 @@ def environment(*, prefect: bool) -> Iterator[None]:
                 raise ConfigError(
                     f"PREFECT_API_URL={api}: no Prefect server answers there; start it, or unset the variable"
                 )
-            from prefect.context import refresh_global_settings_context  # not on the path of a plan
+            from prefect import tags  # not on the path of a plan
+            from prefect.context import refresh_global_settings_context
 
             refresh_global_settings_context()
+            stack.enter_context(tags("sdd"))  # what the automations watch
             stack.callback(_send_what_is_queued)
         yield
 

@@ -288,13 +288,14 @@ def finetune(folder: Path, _tokenizer: Path | None, tiny: bool) -> Figures:
     import torch
 
     from tasks.domain.recipe import Finetune, Runtime
-    from tasks.engines.children.finetune import finetune as run
+    from tasks.engines.children import finetune as child
 
     with (rows := folder / "rows.jsonl").open("w") as file:
         for at in range(4 * TRAINED["batch"] if tiny else TRAINED["rows"]):
             question, answer = _text(folder, TRAINED["prompt"], at), _text(folder, TRAINED["answer"], at + 7)
             row = {"id": str(at), "prompt": [{"role": "user", "content": question}], "reference": answer}
             file.write(json.dumps(row | {"answer": answer, "outcome": "accepted"}) + "\n")
+    child.COMPILED_FROM = 0  # the steps of a long training
     settings = Finetune(dtype="bfloat16", batch=TRAINED["batch"])
     times: list[float] = []
 
@@ -310,7 +311,7 @@ def finetune(folder: Path, _tokenizer: Path | None, tiny: bool) -> Figures:
         }  # fmt: skip
         times.clear()
         try:
-            run(request, out, report)
+            child.finetune(request, out, report)
             break
         except torch.cuda.OutOfMemoryError:
             print(f"  {micro_batch} rows at once do not fit", flush=True)

@@ -1,4 +1,7 @@
-"""kill -9 of the flow in one stage after the other: the next run goes on, and the report is the undisturbed one's."""
+"""kill -9 of the flow in one stage after the other: the next run goes on, and the report is the undisturbed one's.
+
+The automations mark the killed runs as crashed, though nobody deployed them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
 
 from tasks.domain.recipe import Preset
 from tests.conftest import ROOT, comparable_report, result_of
+from tests.ops.conftest import eventually
 
 KILLED_IN = ("score", "distil", "prune", "finetune", "merge", "evaluate", "drift")
 
@@ -59,5 +64,10 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_an_undisturbed_one(whole_pr
     assert result_of(ended) == result_of(undisturbed)
     keys = {stage["name"]: stage["key"] for stage in undisturbed["stages"]}
     assert {stage["name"]: stage["key"] for stage in ended["stages"]} == keys
+    with get_client(sync_client=True) as client:
+        eventually(
+            lambda: not [r for r in client.read_flow_runs() if r.state and r.state.is_running()],
+            "the end of the killed runs in the server's eyes",
+        )
     hits = {stage["name"] for stage in ended["stages"] if stage["cache"] == "hit"}
     assert hits >= {"model", "rows", "score", "distil", "prune", "finetune sft", "finetune sdd"}

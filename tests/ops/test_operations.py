@@ -231,9 +231,10 @@ def test_cancelling_a_run_cancels_what_it_started(deployment: str, longer: Prese
     preset = with_settings(longer, "runtime.engines_on", "stage/gpu").model_dump(mode="json")
     points = {"blocks": [2], "seeds": [0]} if deployment == "sweep/grid" else {}
     with get_client(sync_client=True) as client, worker("cpu"), worker("gpu") as process:
+        known = {r.id for r in client.read_flow_runs()}
         run = start(deployment, preset=preset, **points)
         (engine,) = eventually(lambda: engines(process.pid), "the engine")
-        started = [r.id for r in client.read_flow_runs() if r.state and r.state.is_running()]
+        started = [r.id for r in client.read_flow_runs() if r.state and r.state.is_running() and r.id not in known]
         client.set_flow_run_state(run, Cancelling())
         eventually(lambda: not Path(f"/proc/{engine}").exists(), "the end of the engine", 60)
         assert {str(ended(each).state_name) for each in started} == {"Cancelled"}

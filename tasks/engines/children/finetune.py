@@ -24,12 +24,14 @@ from tasks.algorithms.prompts import training_ids
 from tasks.domain.errors import DataError, GateError
 from tasks.domain.stage import json_lines
 from tasks.engines.children import ranks
+from tasks.engines.children.blocks import decoder_blocks
 from tasks.engines.children.border import Report, device_of, serve
 from tasks.engines.children.packing import Batch, Example, packed, use_packed_attention
 
 IGNORED = -100  # label that bears no loss
 MAX_GRADIENT_NORM = 1.0
 SEED_STRIDE = 1_000_003
+COMPILED_FROM = 1000  # passes; compiling takes a GPU one to two minutes, and then a third off each pass
 
 # On Hopper its backward pass gives NaN for masked sequences of 128 k + 64 tokens (pytorch/pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -165,6 +167,10 @@ class _Training:
         self.best: dict[str, torch.Tensor] = {}
         if part.exists():
             self._load()
+        passes = (self.steps - self.step) * math.ceil(request["batch"] / request["runtime"]["micro_batch"])
+        if self.device == "cuda" and ranks.count() == 1 and passes > COMPILED_FROM:
+            for block in decoder_blocks(model, model.config.get_text_config().num_hidden_layers):
+                block.compile(dynamic=True)
 
     def run(self, report: Report) -> None:
         committed = time.monotonic()
