@@ -12,6 +12,7 @@ from tasks.domain.recipe import Runtime
 from tasks.engines import child
 from tests.conftest import pocket_pairs
 
+ERROR = 'OutOfMemoryError("CUDA out of memory")'
 # No device here can be filled: scoring finds no room for more than two sequences.
 FULL = """
 import sys
@@ -20,19 +21,17 @@ if "tasks.engines.children.score" in sys.orig_argv:
     original = torch.nn.Embedding.forward
     def forward(self, ids):
         if ids.shape[0] > 2:
-            raise torch.ERROR
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, ids)
     torch.nn.Embedding.forward = forward
 """
 
 
-@pytest.mark.parametrize(
-    "error", ['OutOfMemoryError("CUDA out of memory")', 'AcceleratorError("CUDA error: out of memory")']
-)
+@pytest.mark.parametrize("error", [ERROR, 'AcceleratorError("CUDA error: out of memory")'])
 def test_batches_are_halved_until_they_fit(
     error: str, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(FULL.replace("ERROR", error))
+    (tmp_path / "sitecustomize.py").write_text(FULL.replace(ERROR, error))
     monkeypatch.setattr(child, "_short_of_memory", type(child._short_of_memory)())
 
     (tmp_path / "documents.json").write_text(json.dumps([pair["answer"] * 4 for pair in pocket_pairs()[:12]]))
