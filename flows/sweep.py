@@ -108,4 +108,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from flows import sweep as module  # a Ray worker cannot import __main__, and would get a copy of run_point
+
+    sys.exit(module.main())
