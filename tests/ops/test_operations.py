@@ -201,7 +201,7 @@ def test_out_of_memory_is_retried_with_smaller_batches(whole: UUID, preset: Pres
 @pytest.fixture
 def longer(whole: UUID, preset: Preset) -> Preset:
     """With a generation that takes two shards and a while."""
-    tree = with_settings(preset, "distil.max_tokens", 384).model_dump(mode="json")
+    tree = with_settings(preset, "distil.max_tokens", 192, "distil.attempts", 8).model_dump(mode="json")
     for source in tree["dataset"]["sources"]:
         source["rows"] = 150
     return Preset.model_validate(tree)
