@@ -97,5 +97,5 @@ def _write_card(original: Path, out: Path, span: Span, facts: dict[str, Any]) ->
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {original.name}\n"
     (out / "README.md").write_text(
         f"{text.rstrip()}\n\n## Pruned\n\nThis checkpoint {span}: {facts['layers']} of {span.layers} blocks and "
-        f"{facts['parameters']:,} parameters are left, chosen by angular distance (arXiv 2410.09982).\n"
+        f"{facts['parameters']:,} parameters are left, as in self-data distillation (arXiv 2410.09982).\n"
     )

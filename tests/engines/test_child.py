@@ -26,7 +26,7 @@ from tasks.domain.recipe import Finetune, Runtime
 from tasks.domain.span import Span
 from tasks.engines.child import _environment, _gpus, _gpus_for, run_child
 from tasks.engines.children.border import vllm_options
-from tasks.engines.children.finetune import IGNORED, answer_loss, answer_tokens_of, finetune, read_examples
+from tasks.engines.children.finetune import IGNORED, _Training, answer_loss, answer_tokens_of, finetune, read_examples
 from tasks.engines.children.merge import merge
 from tasks.engines.children.packing import packed
 from tasks.engines.children.verify import verify
@@ -585,17 +585,23 @@ def test_a_row_of_exactly_the_longest_length_stays(pico: Path, tmp_path: Path) -
         read_examples(finetune_request(pico, path, max_length=length - 1), tokenizer)
 
 
-def test_both_arms_train_on_the_same_rows(pico: Path, rows: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(pico)
-    arms = [read_examples(finetune_request(pico, rows, answers), tokenizer) for answers in ("answer", "reference")]
-    prompts = [
-        [
-            [token for token, label in zip(e["input_ids"], e["labels"], strict=True) if label == IGNORED]
-            for e in arm.train
-        ]
-        for arm in arms
-    ]
-    assert prompts[0] == prompts[1] and len(prompts[0]) == 5
+def test_both_arms_train_on_the_same_rows_in_the_same_order(pico: Path, rows: Path) -> None:
+    """They differ in the answers and in nothing else: step by step the same prompts, in every epoch another order."""
+    tokenizer, steps = AutoTokenizer.from_pretrained(pico), []
+    for answers in ("answer", "reference"):
+        request = finetune_request(pico, rows, answers, epochs=3.0)
+        training = _Training(request, read_examples(request, tokenizer), 1e-3, Path(request["parts"], "state"))
+        batches = [training._batch(step) for step in range(training.steps)]
+        steps.append([[_prompt(row) for row in batch] for batch in batches])
+    assert steps[0] == steps[1]
+    epochs = [[prompt for step in steps[0][first : first + 2] for prompt in step] for first in (0, 2, 4)]
+    assert [len(set(epoch)) for epoch in epochs] == [5, 5, 5]
+    assert len(set(map(tuple, epochs))) > 1
+
+
+def _prompt(row: dict[str, list[int]]) -> tuple[int, ...]:
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    return tuple(token for token, label in pairs if label == IGNORED)
 
 
 def test_a_share_of_the_gpu_below_the_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

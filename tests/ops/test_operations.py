@@ -201,7 +201,7 @@ def test_out_of_memory_is_retried_with_smaller_batches(whole: UUID, preset: Pres
 @pytest.fixture
 def longer(whole: UUID, preset: Preset) -> Preset:
     """With a generation that takes two shards and a while."""
-    tree = with_settings(preset, "distil.max_tokens", 192, "distil.attempts", 8).model_dump(mode="json")
+    tree = with_settings(preset, "distil.max_tokens", 384).model_dump(mode="json")
     for source in tree["dataset"]["sources"]:
         source["rows"] = 150
     return Preset.model_validate(tree)
@@ -245,9 +245,10 @@ def test_cancelling_a_run_cancels_what_it_started(deployment: str, longer: Prese
     assert len(started) == (3 if points else 2)
 
 
-def test_a_dead_worker_costs_a_shard(generating: dict[str, Any]) -> None:
+def test_a_dead_worker_costs_a_shard(generating: dict[str, Any], longer: Preset) -> None:
     """kill -9 of the worker, the run and its engine; the automations start the run again on another worker."""
     store = ArtifactStore.from_environment()
+    generating = stage_parameters(with_settings(longer, "distil.seed", 1), "distil")  # of which no shard is there yet
 
     def shards() -> dict[str, Any]:
         found = store.fs.find(f"{store.root}/parts/distil", detail=True)
