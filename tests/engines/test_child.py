@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -756,6 +757,27 @@ def test_an_adapter_of_a_deeper_model_is_an_error(trained: list[Path], pruned: d
     (tmp_path / "out").mkdir()
     with pytest.raises((PipelineError, RuntimeError, ValueError)):
         merge({"checkpoint": pruned["pruned"], "adapter": str(trained[0])}, tmp_path / "out", quiet)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.99, 2.0])
+def test_an_adapter_merged_at_another_scale_is_refused(
+    scale: float, trained: list[Path], pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the rounding to bfloat16 would hide it."""
+    shutil.copytree(pico, base := tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(pico, dtype=torch.bfloat16).save_pretrained(base)
+    merge_and_unload = LoraModel.merge_and_unload
+
+    def scaled(self: Any) -> Any:
+        for layer in self.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scale_layer(scale)
+        return merge_and_unload(self)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", scaled)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(GateError, match=r"merged logits in float32 differ from the adapter's by"):
+        merge({"checkpoint": str(base), "adapter": str(trained[0])}, tmp_path / "out", quiet)
 
 
 def test_a_merge_that_computes_something_else_is_refused(
