@@ -200,10 +200,12 @@ def test_out_of_memory_is_retried_with_smaller_batches(whole: UUID, preset: Pres
 
 @pytest.fixture
 def longer(whole: UUID, preset: Preset) -> Preset:
-    """With a generation that takes two shards and a while."""
+    """With a generation of five shards, which takes longer than from one upload of finished shards to the next."""
     tree = with_settings(preset, "distil.max_tokens", 384).model_dump(mode="json")
-    for source in tree["dataset"]["sources"]:
-        source["rows"] = 150
+    tree["dataset"]["sources"] = [
+        source | {"name": f"{source['name']}-{copy}", "rows": 150}
+        for source in tree["dataset"]["sources"] for copy in range(4)
+    ]  # fmt: skip
     return Preset.model_validate(tree)
 
 
