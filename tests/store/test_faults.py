@@ -491,7 +491,7 @@ def test_what_a_plan_asks_for_does_not_grow_with_the_artifacts(proxy: Proxy, tmp
         if not noted:
             store.fs.rm_file(f"{store.root}/newest/rows")
         reader, seen = ArtifactStore(store.root, tmp_path / "reader"), list[str]()
-        proxy.fault = lambda method, path, seen=seen: seen.append(method)  # type: ignore[misc]
+        proxy.fault = lambda method, path, seen=seen: seen.append(method)  # type: ignore[misc]  # of the default
         changes = reader.newest_change(stage(rows=9))
         assert changes and (not noted or changes == [f"recipe.rows: {number} -> 9"])
         proxy.fault = lambda method, path: None

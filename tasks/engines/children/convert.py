@@ -20,6 +20,7 @@ def convert(request: dict[str, Any], out: Path, report: Report) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # What transformers raises for an architecture, a quantization or a field that it does not know.
     except (ValueError, NotImplementedError, KeyError) as error:
         raise ModelUnsupported(f"transformers cannot read {path.name} as a causal language model: {error}") from error
     # The weights are plain now; left in place these two would make every loader look for the GGUF file again.

@@ -37,9 +37,10 @@ def merge(request: dict[str, Any], out: Path, report: Report) -> None:
     with torch.inference_mode():
         expected = model(input_ids=probe).logits
         report(0.3, "merging")
-        plain = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        _compare("merged logits in float32", plain(input_ids=probe).logits, expected, MAX_BEFORE_CAST)
-        plain.to(dtype).save_pretrained(out)
+        if isinstance(model, PeftModel):
+            model = model.merge_and_unload()
+            _compare("merged logits in float32", model(input_ids=probe).logits, expected, MAX_BEFORE_CAST)
+        model.to(dtype).save_pretrained(out)
         shutil.copytree(
             request["checkpoint"], out, ignore=shutil.ignore_patterns(*WEIGHTS, "span.json"), dirs_exist_ok=True
         )
