@@ -30,6 +30,7 @@ from tasks.domain.errors import ConfigError, PipelineError
 
 STATE = Path(os.environ.get("SDD_STATE", ".local")).absolute()
 STARTUP_SECONDS = 90
+START_TRIES = 3
 S3_PORTS = ("master.port", "volume.port", "filer.port", "admin.port", "s3.port.grpc")
 PREFECT_SETTINGS = {
     "PREFECT_HOME": str(STATE / "prefect"),
@@ -159,21 +160,24 @@ def _service(
 def _start(
     name: str, command: Callable[[int], list[str]], preferred: int, health: str, extra: dict[str, str]
 ) -> dict[str, Any]:
-    port = preferred if _is_free(preferred) else _free_port()
-    url, log = f"http://127.0.0.1:{port}", STATE / name / "server.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command(port), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env=os.environ | extra, start_new_session=True,
-        )  # fmt: skip
-    deadline = time.monotonic() + STARTUP_SECONDS
-    while not _answers(url + health):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            tail = log.read_text(errors="replace")[-500:]
-            raise PipelineError(f"the {name} server did not start at {url}; end of {log}:\n{tail}")
-        time.sleep(0.1)
-    return {"pid": process.pid, "url": url}
+    log = STATE / name / "server.log"
+    for _ in range(START_TRIES):  # a port that was free when it was chosen may be another's by the time it is opened
+        port = preferred if _is_free(preferred) else _free_port()
+        url, before = f"http://127.0.0.1:{port}", log.stat().st_size if log.exists() else 0
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command(port), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=os.environ | extra, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + STARTUP_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            if _answers(url + health):
+                return {"pid": process.pid, "url": url}
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+    said, _, _ = log.read_bytes()[before:].decode(errors="replace").partition("\ngoroutine ")  # Go's dump of threads
+    raise PipelineError(f"the {name} server did not start at {url}; end of {log}:\n{said[-500:]}")
 
 
 def _stop(pid: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deployments import local
+from tasks.domain.errors import PipelineError
 
 
 @pytest.fixture
@@ -52,6 +54,34 @@ def test_a_stranger_on_a_killed_servers_port_is_not_used(state: Path) -> None:
         finally:
             stranger.kill()
             stranger.wait()
+
+
+def test_a_port_taken_between_choice_and_start_costs_a_second_try_only(state: Path) -> None:
+    tries = list[int]()
+    with socket.socket() as stranger:
+
+        def late(port: int) -> list[str]:
+            if not tries:
+                stranger.bind(("127.0.0.1", port))
+            tries.append(port)
+            return command(port)
+
+        with local._service("files", late, port=local._free_port(), health="/", extra={}) as url:
+            assert local._answers(url)
+    assert len(tries) == 2
+    assert url.endswith(f":{tries[1]}") and tries[0] != tries[1]
+
+
+def test_a_server_that_never_starts_is_an_error_with_its_last_words(state: Path) -> None:
+    def broken(_port: int) -> list[str]:
+        return [sys.executable, "-c", "print('wrong disk\\n\\ngoroutine 1'); raise SystemExit(1)"]
+
+    last_words = r"files server did not start at .*server\.log:\nwrong disk\n$"
+    with (
+        pytest.raises(PipelineError, match=last_words),
+        local._service("files", broken, port=local._free_port(), health="/", extra={}),
+    ):
+        pass
 
 
 def test_a_commands_status_is_passed_on() -> None:
