@@ -9,22 +9,32 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-FINAL_ANSWER = re.compile(r"####\s*(.+)")
+import numpy as np
+
+from tasks.algorithms.math_answers import letters_of, same_answer, shows_steps
+
 REFUSAL = re.compile(
-    r"^\W*(i['’]?m sorry|i am sorry|sorry,|i can(?:['’]|no)t (?:help|assist|answer|provide)|i am unable|i['’]?m unable"
-    r"|as an ai\b)",
-    re.I,
+    r"""^\W* (?:(?:unfortunately|but) \W+)? (?:
+    (?:i['’]m|i[ ]am)[ ] (?:\w+[ ])? sorry | sorry,
+    | apologies\b | (?:i|we|my|please[ ]accept[ ]my)[ ] (?:\w+[ ])? apolog
+    | as[ ]an?[ ] (?:ai|(?:large[ ])?language[ ]model) \b
+    | unfortunately \W+ i\b
+    | (?:i['’]m|i[ ]am)[ ] (?:unable|not[ ]able)[ ] to
+    | i[ ]do (?:n['’]t|[ ]not)[ ] have[ ] (?:access|the[ ]ability|(?:enough[ ]|any[ ])?information)
+    | i[ ]can (?:['’]|no|[ ]no) t[ ] (?:help|assist|answer|provide|fulfil|comply|complete|do[ ](?:that|this|so)
+      |generate|create|write|give|tell|offer|continue|engage|determine|access|see|perform|process|rewrite)
+    )""",
+    re.I | re.X,
 )
 TALKS_ABOUT_TASK = re.compile(
-    r"\b(?:(?:the|a) reference|(?:reference|given|provided|original) (?:answer|response|solution|question|request)"
-    r"|(?:answer|response|solution) to (?:this|the|your) (?:request|question|problem)"
+    r"\b(?:(?:the|a|this|your|given|provided) reference\b(?! (?:to|point|frame|number)\b)"
+    r"|(?:reference|given|provided|original) (?:answer|response|solution)"
+    r"|(?:answer|response|solution) to (?:this|the|your) (?:request|question)"
     r"|(?:your|my) own (?:words|answer|response))\b",
     re.I,
 )
-NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-MIN_STEP_SHARE = 0.5  # of the reference's intermediate results that a worked answer must show
-LOOP_LENGTH = 4  # words
-LOOP_REPEATS = 5
+LOOP_COPIES = 3
+LOOP_LETTERS = 60  # of all copies together
 SLACK_WORDS = 60  # short references may get a full sentence or two
 
 
@@ -47,13 +57,13 @@ def rejection(rewrite: str, reference: str, prompt: str, kind: str, finished: bo
         return "empty"
     if not finished:
         return "unfinished"
-    if REFUSAL.search(text):
+    if REFUSAL.search(text) and not REFUSAL.search(reference):
         return "refusal"
-    if is_loop(words):
+    if is_loop(text) and not is_loop(reference):
         return "repetition"
-    if text in prompt and text not in reference:
+    if letters_of(text) in letters_of(prompt) and letters_of(text) not in letters_of(reference):
         return "copies the prompt"
-    if TALKS_ABOUT_TASK.search(text) and not TALKS_ABOUT_TASK.search(reference):
+    if TALKS_ABOUT_TASK.search(text) and not TALKS_ABOUT_TASK.search(f"{prompt}\n{reference}"):
         return "talks about the task"
     if len(words) < rule.min_length_ratio * len(reference_words):
         return "too short"
@@ -67,34 +77,16 @@ def rejection(rewrite: str, reference: str, prompt: str, kind: str, finished: bo
     return None
 
 
-def is_loop(words: list[str]) -> bool:
-    """True when some run of four words stands at least five times in the text."""
-    counts: dict[tuple[str, ...], int] = {}
-    for start in range(len(words) - LOOP_LENGTH + 1):
-        run = tuple(words[start : start + LOOP_LENGTH])
-        counts[run] = counts.get(run, 0) + 1
-        if counts[run] >= LOOP_REPEATS:
+def is_loop(text: str) -> bool:
+    """True when one passage stands at least three times in a row, in at least 60 letters and digits.
+
+    Spaces, punctuation and case do not count, so that a loop need not be one of words.
+    """
+    letters = np.array([ord(letter) for letter in letters_of(text)])
+    for period in range(1, len(letters) // LOOP_COPIES + 1):
+        changes = np.flatnonzero(letters[period:] != letters[:-period])
+        ends = np.concatenate([[-1], changes, [len(letters) - period]])
+        longest = int(np.diff(ends).max()) - 1 + period
+        if longest >= max(LOOP_COPIES * period, LOOP_LETTERS):
             return True
     return False
-
-
-def shows_steps(text: str, reference: str, prompt: str) -> bool:
-    """Whether the text holds at least half of the reference's intermediate results.
-
-    Those are the numbers of the reference that neither stand in the prompt nor are its last one.
-    """
-    numbers = NUMBER.findall(reference)
-    intermediate = set(numbers) - set(NUMBER.findall(prompt)) - set(numbers[-1:])
-    return len(intermediate & set(NUMBER.findall(text))) >= MIN_STEP_SHARE * len(intermediate)
-
-
-def same_answer(text: str, reference: str) -> bool:
-    """Whether both texts come to the same final answer, by value (math-verify)."""
-    from math_verify import parse, verify  # pulls sympy in; its timeouts need the main thread
-
-    def final(answer: str) -> list[object]:
-        marked = FINAL_ANSWER.findall(answer)
-        return list(parse(marked[-1] if marked else answer))
-
-    gold, own = final(reference), final(text)
-    return bool(gold and own and verify(gold, own))

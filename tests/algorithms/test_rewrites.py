@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.algorithms.rewrites import Rule, is_loop, rejection, same_answer, shows_steps
+from tasks.algorithms.rewrites import Rule, is_loop, rejection
 
 RULE = Rule(min_length_ratio=0.5, max_length_ratio=2.0)
 PROMPT = "Why is the sky blue?"
@@ -65,10 +65,21 @@ def test_unfinished() -> None:
         "I can\u2019t answer why the sky has the colour that it has on most of all the days of the whole year.",
         "I am unable to say why the sky has the colour that it has on most of all the days of the year.",
         "As an AI model, I do not see why the sky has the colour that it has on most of the days of a year.",
+        "As a language model, I do not see why the sky has the colour that it has on most of the days at all.",
+        "I apologize, but the sky has the colour that it has on most of the days, and I do not know why so.",
+        "I sincerely apologise, but I do not know why the sky has the colour that it has on most of the days.",
+        "Apologies, but I do not know why the sky has the colour that it has on most of all days of a year.",
+        "I'm very sorry, but I do not know why the sky has the colour that it has on most of all the days.",
+        "Unfortunately, I cannot see why the sky has the colour that it has on most of all days of the year.",
+        "I'm not able to see why the sky has the colour that it has on most of all of the days of the year.",
+        "I don't have access to the sky and the colour that it has on most of all of the days of the year.",
+        "I do not have enough information on the sky and the colour that it has on most of all of the days.",
+        "I can not provide the reason why the sky has the colour that it has on most of the days of a year.",
     ],
 )
 def test_refusal(rewrite: str) -> None:
     assert reason(rewrite) == "refusal"
+    assert reason(rewrite, reference=rewrite) is None, "the reference refuses too"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +88,8 @@ def test_refusal(rewrite: str) -> None:
         'Say "I\'m sorry" to the sky if you called it green: the air scatters the blue light, so it is blue.',
         "A sorry, grey sky is the exception; on most days the air scatters blue light and the sky is blue.",
         "I can help you here: the air scatters the blue part of the sunlight most, so the sky looks blue.",
+        "Unfortunately, the air is no black box: it scatters the blue light most of all, so the sky is blue.",
+        "I can't wait to tell you: the air scatters the blue light most of all, and so the whole sky is blue.",
         "As an aid, think of the air as a filter that sends the blue part of sunlight in every direction.",
     ],
 )
@@ -84,22 +97,57 @@ def test_words_of_regret_inside_an_answer_are_no_refusal(rewrite: str) -> None:
     assert reason(rewrite) is None
 
 
-def test_repetition() -> None:
-    four, five = ("; ".join(["the air scatters it"] * n) + " and so on and on" for n in (4, 5))
-    long_reference = words(30)
-    assert reason(five.replace(";", ""), reference=long_reference) == "repetition"
-    assert reason(four.replace(";", ""), reference=long_reference) is None
+LONG = "Sunlight is scattered by the air in all directions, and blue light most of all. "
 
 
-@given(st.lists(st.sampled_from("abc"), max_size=40))
-def test_is_loop_equals_counting_every_run(text: list[str]) -> None:
-    runs = [text[i : i + 4] for i in range(len(text)) if i + 4 <= len(text)]
-    assert is_loop(text) == any(runs.count(run) >= 5 for run in runs)
+@pytest.mark.parametrize(
+    "loop",
+    [
+        LONG * 3,
+        LONG + "The sky is blue because of that, as I said. " * 4,
+        LONG + "the air scatters it " * 4,
+        LONG + "ha" * 40,
+        LONG + "First: add. Then, halve it!\n- first, ADD; then halve it\n" * 2,  # the same letters four times
+        LONG + "The air does it. Light is blue. " * 3,  # two sentences in turn
+        LONG + "青い空は光の散乱で青い" * 6,
+    ],
+)
+def test_repetition(loop: str) -> None:
+    reference = words(40)
+    assert reason(loop, reference=reference) == "repetition"
+    assert reason(loop, reference=loop) is None, "the reference repeats itself too"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LONG * 2 + "That is why.",
+        LONG + "the air scatters it " * 3 + "and so on",  # 48 letters
+        LONG + "Very, very, very, very blue.",
+        "".join(f"In the United States of America, state {i} has {i * i} towns and {i * 7} lakes. " for i in range(12)),
+        LONG + "-" * 80 + "\n" + "| --- " * 20 + "\n" + LONG,
+    ],
+)
+def test_what_is_said_again_elsewhere_is_no_repetition(text: str) -> None:
+    assert reason(text, reference=words(100), rule=Rule(0.0, 9.0)) is None
+
+
+@given(st.text("abC .", max_size=24), st.integers(0, 3), st.integers(0, 9))
+def test_is_loop_equals_looking_at_every_passage(text: str, copies: int, start: int) -> None:
+    text = text[:start] + text * copies * 5
+    letters = [letter for letter in text.casefold() if letter.isalnum()]
+    assert is_loop(text) == any(
+        letters[first : first + period * count] == letters[first : first + period] * count
+        for period in range(1, len(letters) // 3 + 1)
+        for count in {max(3, -(-60 // period))}
+        for first in range(len(letters) - period * count + 1)
+    )
 
 
 def test_copies_the_prompt() -> None:
     prompt = f"Is this right? {SOUND} Say yes or no."
     assert reason(SOUND, prompt=prompt) == "copies the prompt"
+    assert reason(SOUND.upper().replace(",", "  ") + "!", prompt=prompt) == "copies the prompt"
     assert reason(SOUND + " Yes.", prompt=prompt) is None
     assert reason(SOUND, prompt=prompt, reference=f"{SOUND} That is right.") is None, "the prompt holds the answer"
 
@@ -110,18 +158,23 @@ def test_copies_the_prompt() -> None:
         "The reference says so.", "This agrees with a reference.", "The given answer is right.",
         "See the provided solution.",
         "That is the answer to your question.", "This is a response to this request.", "In my own words.",
-        "Here it is in your own answer.", "The original question is odd.",
+        "Here it is in your own answer.", "The given reference says so.",
     ],
 )  # fmt: skip
 def test_talks_about_the_task(phrase: str) -> None:
     assert reason(f"{SOUND} {phrase}") == "talks about the task"
     assert reason(f"{SOUND} {phrase}", reference=f"{REFERENCE} {phrase}") is None, "the reference speaks so too"
+    assert reason(f"{SOUND} {phrase}", prompt=f"{PROMPT} {phrase}") is None, "it was asked so"
 
 
 @pytest.mark.parametrize(
     "phrase",
-    ["A preference of the eye helps.", "The answer is simple.", "Physics answers it.", "Its own colour is blue."],
-)
+    [
+        "A preference of the eye helps.", "The answer is simple.", "Physics answers it.", "Its own colour is blue.",
+        "Take the horizon as the reference point.", "It holds a reference to the sky.", "The original question is odd.",
+        "That solves the given problem.",
+    ],
+)  # fmt: skip
 def test_talk_that_is_not_about_the_task(phrase: str) -> None:
     assert reason(f"{SOUND} {phrase}") is None
 
@@ -145,67 +198,3 @@ def test_other_final_answer() -> None:
 def test_no_steps() -> None:
     assert math_reason("After thinking about it for a long while one sees that the answer is 29.") == "no steps"
     assert math_reason("After thinking about 36 of them for a long while the answer is 29.") is None
-
-
-@pytest.mark.parametrize(
-    ("text", "reference", "shown"),
-    [
-        ("12 then 20", "10 + 2 = 12, 12 + 8 = 20, 20 / 2 = 10\n#### 10", True),
-        ("first 12", "10 + 2 = 12 and 12 + 8 = 20, so 20 + 20 = 40\n#### 40", True),  # one of two is half
-        ("first 13", "10 + 2 = 12 and 12 + 8 = 20, so 20 + 20 = 40\n#### 40", False),
-        ("first 12", "12, 20 and 30 make 62\n#### 62", False),  # one of three is less than half
-        ("the answer", "It is 5\n#### 5", True),  # nothing but the final answer to show
-        ("112 and 200", "12 and 20 make 32\n#### 32", False),  # whole numbers, not digits inside others
-        ("1,200 left", "1,200 left and 3 make 9\n#### 9", True),
-    ],
-)
-def test_shows_steps(text: str, reference: str, shown: bool) -> None:
-    assert shows_steps(text, reference, "10 and 2 and 8") == shown
-
-
-def test_numbers_of_the_prompt_are_no_steps() -> None:
-    assert shows_steps("no numbers", "5 and 6 make 11\n#### 11", "I have 5 and 6")
-    assert not shows_steps("no numbers", "5 and 6 make 11\n#### 11", "I have 5")
-
-
-@pytest.mark.parametrize(
-    ("text", "reference"),
-    [
-        ("#### 1,200", "#### 1200"),
-        ("The total is 1200.", "#### 1,200"),
-        ("In all that makes 1,200,000.", "#### 1200000"),
-        ("She pays $18 in total.", "#### 18"),
-        ("It costs 3.50 dollars", "#### 3.5"),
-        ("1/2", "0.5"),
-        (r"$\frac{1}{2}$", "#### 0.5"),
-        (r"so \boxed{\frac{3}{4}}", "3/4"),
-        (r"so \boxed{12}", "#### 12"),
-        (r"Therefore $\boxed{12}$.", "#### 12"),
-        ("12 apples and 7 pears, so 19 in all", "#### 19"),
-        ("It is -5.", "#### -5"),
-        ("#### 7\nOr rather:\n#### 8", "#### 8"),
-        ("**Answer: 42**", "#### 42"),
-    ],
-)
-def test_one_answer_in_two_forms(text: str, reference: str) -> None:
-    assert same_answer(text, reference)
-
-
-@pytest.mark.parametrize(
-    ("text", "reference"),
-    [
-        ("#### 1,201", "#### 1200"),
-        ("#### 12", "#### 1200"),
-        ("1/3", "0.5"),
-        (r"so \boxed{13}", "#### 12"),
-        ("It is 5.", "#### -5"),
-        ("#### 8\n#### 7", "#### 8"),
-        ("nobody knows", "#### 19"),
-        ("", "#### 19"),
-        ("#### 19", "nobody knows"),
-        ("nobody", "nobody"),
-        ("12 boxes, so 20 in all", "#### 12"),
-    ],
-)
-def test_two_answers(text: str, reference: str) -> None:
-    assert not same_answer(text, reference)

@@ -11,8 +11,9 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from tasks.algorithms.math_answers import FINAL_ANSWER
 from tasks.algorithms.prompts import Message, prompt_ids
-from tasks.algorithms.rewrites import FINAL_ANSWER, Rule, rejection
+from tasks.algorithms.rewrites import Rule, rejection
 from tasks.domain.stage import json_lines
 from tasks.engines.children.border import Report, serve, vllm_options
 

@@ -1,0 +1,111 @@
+"""Worked answers: the same result in many forms, other results that look alike, and steps that are shown or not."""
+
+from __future__ import annotations
+
+import pytest
+
+from tasks.algorithms.math_answers import same_answer, shows_steps
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "shown"),
+    [
+        ("12 then 20", "10 + 2 = 12, 12 + 8 = 20, 20 / 2 = 10\n#### 10", True),
+        ("first 12", "10 + 2 = 12 and 12 + 8 = 20, so 20 + 20 = 40\n#### 40", True),  # one of two is half
+        ("first 13", "10 + 2 = 12 and 12 + 8 = 20, so 20 + 20 = 40\n#### 40", False),
+        ("first 12", "12, 20 and 30 make 62\n#### 62", False),  # one of three is less than half
+        ("the answer", "It is 5\n#### 5", True),  # nothing but the final answer to show
+        ("112 and 200", "12 and 20 make 32\n#### 32", False),  # whole numbers, not digits inside others
+        ("1,200 left", "1,200 left and 3 make 9\n#### 9", True),
+    ],
+)
+def test_shows_steps(text: str, reference: str, shown: bool) -> None:
+    assert shows_steps(text, reference, "10 and 2 and 8") == shown
+
+
+def test_numbers_of_the_prompt_are_no_steps() -> None:
+    assert shows_steps("no numbers", "5 and 6 make 11\n#### 11", "I have 5 and 6")
+    assert not shows_steps("no numbers", "5 and 6 make 11\n#### 11", "I have 5")
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("#### 1,200", "#### 1200"),
+        ("The total is 1200.", "#### 1,200"),
+        ("In all that makes 1,200,000.", "#### 1200000"),
+        ("She pays $18 in total.", "#### 18"),
+        ("It costs 3.50 dollars", "#### 3.5"),
+        ("1/2", "0.5"),
+        (r"$\frac{1}{2}$", "#### 0.5"),
+        (r"so \boxed{\frac{3}{4}}", "3/4"),
+        (r"so \boxed{12}", "#### 12"),
+        (r"Therefore $\boxed{12}$.", "#### 12"),
+        ("12 apples and 7 pears, so 19 in all", "#### 19"),
+        ("It is -5.", "#### -5"),
+        ("#### 7\nOr rather:\n#### 8", "#### 8"),
+        ("**Answer: 42**", "#### 42"),
+        ("Follow these steps: 1. Add 3 and 4. 2. Multiply by 5, which makes 35.", "#### 35"),
+        ("We follow two steps:\n1. 3 + 4 = 7\n2. 7 * 5 = 35", "#### 35"),
+        ("It is not 30 but 29.", "#### 29"),
+        ("She has 29 eggs, rather than 30.", "#### 29"),
+        ("Janet makes $18 every day from 9 eggs.", "#### 18"),
+        ("That leaves 5 + 3 = 8 apples for the 2 boys.", "#### 8"),
+        ("As 5 + 3 = 8, each of the 4 boys gets 2.", "#### 2"),
+        ("There are 20 (5 * 4) apples.", "#### 20"),
+        ("The answer is 29. It takes 3 minutes to check that.", "#### 29"),
+        ("The answer is:\n\n**29**", "#### 29"),
+        ("#### Total\nThe total is 30.", "#### 30"),
+        ("#### Step 2: add\nThis makes 30 eggs.", "#### 30"),
+        ("#### 8\nI hope this helps.", "#### 8"),
+        ("It is \u22125.", "#### -5"),
+        ("It is negative 5.", "#### -5"),
+        ("She walks 2 1/2 miles.", "#### 2.5"),
+        (r"so $2\frac{1}{2}$", "#### 2.5"),
+        ("They sold 1.5 million of them.", "#### 1500000"),
+        ("They sold 1.5 million of them.", "#### 1.5"),
+        ("That is 25% of it.", "#### 25"),
+        ("#### B", "#### B"),
+        ("The answer is B.", r"\boxed{B}"),
+        (r"\boxed{\text{even}}", "The answer is even."),
+        (r"so \boxed{x^2+1} for 3 of them", r"\boxed{1+x^2}"),
+    ],
+)
+def test_one_answer_in_two_forms(text: str, reference: str) -> None:
+    assert same_answer(text, reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("#### 1,201", "#### 1200"),
+        ("#### 12", "#### 1200"),
+        ("1/3", "0.5"),
+        (r"so \boxed{13}", "#### 12"),
+        ("It is 5.", "#### -5"),
+        ("#### 8\n#### 7", "#### 8"),
+        ("nobody knows", "#### 19"),
+        ("", "#### 19"),
+        ("#### 19", "nobody knows"),
+        ("nobody", "nobody"),
+        ("12 boxes, so 20 in all", "#### 12"),
+        ("Follow these steps: 1. Add 3 and 4. 2. Multiply by 5, which makes 35.", "#### 1"),
+        ("The answer is not 29.", "#### 29"),
+        ("It isn't equal to 29.", "#### 29"),
+        ("It is not 29 but 30.", "#### 29"),
+        ("She has 30 eggs, instead of 29.", "#### 29"),
+        ("29 boxes. The answer is 30. It is sure.", "#### 29"),
+        ("5 + 3 = 8", "#### 5"),
+        (r"\boxed{12} eggs in 3 boxes", "#### 3"),
+        (r"\boxed{\frac{1}{2}}", "#### 2"),
+        ("10 minus 5 makes 5", "#### -5"),
+        ("She walks 2 1/2 miles.", "#### 2"),
+        ("They sold 1.5 million of them.", "#### 15000"),
+        ("0.25 of it", "#### 25"),
+        ("#### C", "#### B"),
+        ("The answer is C.", r"\boxed{B}"),
+        (r"\boxed{x^2}", r"\boxed{1+x^2}"),
+    ],
+)
+def test_two_answers(text: str, reference: str) -> None:
+    assert not same_answer(text, reference)
