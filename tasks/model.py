@@ -35,6 +35,8 @@ def resolve_model(stage: Stage, source: ModelSource, runtime: Runtime) -> State[
                 f"---\nlicense: {source.licence or 'other'}\n---\n\n# {source.id}\n\n"
                 f"Dequantized to {source.dtype} from a GGUF file with sha256 `{source.sha256}`.\n"
             )
+        if not (card := out / "README.md").exists():
+            card.write_text(f"# {stage.slug}\n")
         return checkpoint_facts(out)
 
     return materialise(stage, produce, runtime)

@@ -434,23 +434,27 @@ def test_the_child_also_loads_the_checkpoint_in_vllm(pico: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("loads", "tokens", "said"),
-    [(False, 16, "does not serve .*: ValueError: no such model"), (True, 15, "generates 15 tokens .* instead of 16")],
+    ("served", "tokens", "error", "said"),
+    [
+        (["original"], 16, GateError, "serves the unpruned model, but not the pruned .*: ValueError: no such model"),
+        ([], 16, ModelUnsupported, "does not serve the unpruned model: ValueError: no such model"),
+        (["original", "pruned"], 15, ModelUnsupported, "generates 15 tokens instead of 16"),
+    ],
 )
 def test_a_checkpoint_that_vllm_does_not_serve_is_refused(
-    loads: bool, tokens: int, said: str, monkeypatch: pytest.MonkeyPatch
+    served: list[str], tokens: int, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Engine:
-        def __init__(self, **_options: Any) -> None:
-            if not loads:
+        def __init__(self, model: str, **_options: Any) -> None:
+            if model not in served:
                 raise ValueError("no such model")
 
         def generate(self, *_args: Any, **_options: Any) -> list[Any]:
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * tokens)])]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace))
-    with pytest.raises(GateError, match=said):
-        check_served({"pruned": "nowhere", "runtime": RUNTIME.model_dump()})
+    with pytest.raises(error, match=said):
+        check_served({"original": "original", "pruned": "pruned", "runtime": RUNTIME.model_dump()})
 
 
 # --- what comes along -------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_every_artifact_has_a_manifest_and_holds_what_it_should(first: dict[str,
     for name in ("model", "prune", "merge sft", "merge sdd"):
         assert (folders[name] / "config.json").exists(), name
         assert (folders[name] / "tokenizer.json").exists(), name
-        assert (folders[name] / "README.md").exists() or name == "model"
+        assert (folders[name] / "README.md").exists(), name
     assert (folders["finetune sdd"] / "adapter_config.json").exists()
     assert {p.name for p in folders["evaluate sdd gsm8k"].iterdir()} == {"results.json", "samples_gsm8k.jsonl"}
     rows = [json.loads(line) for line in json_lines(folders["distil"] / "rows.jsonl")]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.algorithms.prune_plan import NUMBERED, PER_LAYER, pruned_config
-from tasks.domain.errors import GateError
+from tasks.domain.errors import GateError, ModelUnsupported
 from tasks.domain.span import Span
 from tasks.engines.children.blocks import bypassed, decoder_blocks
 from tasks.engines.children.border import Report, device_of, serve, vllm_options
@@ -54,22 +54,30 @@ def check_served(request: dict[str, Any]) -> None:
     """vLLM loads the pruned checkpoint and generates, in the type that it picks.
 
     Costs about 25 s on two CPU cores, nearly all of it vLLM's start, and the memory of one model and its cache.
-    Raises GateError with what vLLM said when it does not.
+    Raises GateError with what vLLM said when it does not, ModelUnsupported when it does not serve the original either.
     """
+    if not (fault := _fault_in_vllm(request["pruned"], request)):
+        return
+    if original := _fault_in_vllm(request["original"], request):
+        raise ModelUnsupported(f"vLLM, which generates and evaluates, does not serve the unpruned model: {original}")
+    raise GateError(f"vLLM serves the unpruned model, but not the pruned checkpoint: {fault}")
+
+
+def _fault_in_vllm(checkpoint: str, request: dict[str, Any]) -> str | None:
+    """What keeps vLLM from generating some tokens with a checkpoint."""
     from vllm import LLM, SamplingParams
 
     options = vllm_options(
-        {**request, "checkpoint": request["pruned"], "dtype": "auto", "max_length": SERVED_CONTEXT, "seed": 0}
+        {**request, "checkpoint": checkpoint, "dtype": "auto", "max_length": SERVED_CONTEXT, "seed": 0}
     )
     sampling = SamplingParams(temperature=0, max_tokens=GENERATED_TOKENS, ignore_eos=True)
     try:
-        llm = LLM(model=request["pruned"], **(options | {"enforce_eager": True}))
+        llm = LLM(model=checkpoint, **(options | {"enforce_eager": True}))
         (output,) = llm.generate([{"prompt_token_ids": list(range(PROBE_TOKENS))}], sampling, use_tqdm=False)
-    except Exception as error:
-        raise GateError(f"vLLM does not serve the pruned checkpoint: {type(error).__name__}: {error}") from error
+    except Exception as error:  # whatever it is, the checkpoint cannot be used
+        return f"{type(error).__name__}: {error}"
     generated = len(output.outputs[0].token_ids)
-    if generated != GENERATED_TOKENS:
-        raise GateError(f"vLLM generates {generated} tokens from the pruned checkpoint instead of {GENERATED_TOKENS}")
+    return None if generated == GENERATED_TOKENS else f"it generates {generated} tokens instead of {GENERATED_TOKENS}"
 
 
 def _check_alone(request: dict[str, Any], device: str) -> tuple[torch.Tensor, torch.Tensor]:
