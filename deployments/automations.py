@@ -27,6 +27,10 @@ HEARTBEAT = "prefect.flow-run.heartbeat"
 ANY_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
 TOLD = {  # what a run did -> event, text
     "failed": ("prefect.flow-run.Failed", "{{ flow_run.name }}: {{ flow_run.state.message }} {{ flow_run|ui_url }}"),
+    "crashed": (
+        "prefect.flow-run.Crashed",
+        "{{ flow_run.name }}: {{ flow_run.state.message }} (start {{ flow_run.run_count }}) {{ flow_run|ui_url }}",
+    ),
     "recovered too little": (
         LOW_RECOVERY,
         "{{ flow_run.name }}: SDD recovered {{ event.payload.recovered_percent|round(1) }} %, less than "

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tasks.domain.errors import ConfigError
 from tasks.domain.recipe import Distil, Runtime
 from tasks.engines.child import run_child
 from tests.conftest import pocket_pairs
@@ -19,7 +20,9 @@ SETTINGS = Distil(
 )
 
 
-def written(pico: Path, folder: Path, shards: list[tuple[str, int, int]]) -> dict[str, list[dict[str, Any]]]:
+def written(
+    pico: Path, folder: Path, shards: list[tuple[str, int, int]], settings: Distil = SETTINGS
+) -> dict[str, list[dict[str, Any]]]:
     """The rows of each shard that the child wrote."""
     rows = folder / "rows.jsonl"
     made = [
@@ -30,7 +33,7 @@ def written(pico: Path, folder: Path, shards: list[tuple[str, int, int]]) -> dic
     rows.write_text("".join(json.dumps(row) + "\n" for row in made))
     (folder / "parts").mkdir()
     request = {"checkpoint": str(pico), "rows": str(rows), "shards": shards, "parts": str(folder / "parts"),
-               **SETTINGS.model_dump(), "messages": SETTINGS.messages()}  # fmt: skip
+               **settings.model_dump(), "messages": settings.messages()}  # fmt: skip
     run_child("distil", request, folder / "out", RUNTIME, quiet)
     return {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
@@ -54,6 +57,13 @@ def test_every_row_is_decided_in_its_shard_and_order(whole: dict[str, list[dict[
             assert row["answer"] == row["rewrite"] and row["reason"] == ""
         else:
             assert row["outcome"] == "kept_original" and row["answer"] == row["reference"] and row["reason"]
+
+
+def test_a_length_beyond_the_models_is_a_wrong_setting(pico: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^max_length=2049 is more than .* \(max_position_embeddings=2048.*\); lower it$"
+    ):
+        written(pico, tmp_path, [("a", 0, 5)], SETTINGS.model_copy(update={"max_length": 2049}))
 
 
 def test_a_shard_alone_has_the_same_bytes(pico: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import TaskRun
 from prefect.client.schemas.schedules import IntervalSchedule
-from prefect.states import Cancelling
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from flows.plan import build_plan
 from flows.recover import run_stage
@@ -178,6 +178,17 @@ def test_a_webhook_hears_of_failed_runs_and_low_recovery(told: list[str], whole:
         f"A run recovered too little\npico-llama minus 2 blocks (pico): SDD recovered {percent} %, less than "
         f"runtime.alert_below=1000000.0; {uri} {low_run}"
     )
+
+
+def test_a_webhook_hears_of_crashed_runs(told: list[str], preset: Preset) -> None:
+    with get_client(sync_client=True) as client:
+        run = start("recover/demo-cpu", preset=preset.model_dump(mode="json"))
+        client.set_flow_run_state(run, Crashed(message="its machine burnt"), force=True)
+        (text,) = eventually(lambda: [*told], "the message")
+        eventually(lambda: (state := read(run).state) and state.name == "AwaitingRetry", "its next start")
+        client.set_flow_run_state(run, Cancelled(), force=True)
+    name = read(run).name
+    assert text == f"A run crashed\n{name}: its machine burnt (start 0) {ui_url()}/runs/flow-run/{run}"
 
 
 @pytest.fixture

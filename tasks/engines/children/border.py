@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ Run = Callable[[dict[str, Any], Path, Report], None]
 
 GRAPH_SIZES = [1, 8, 32, 64, 128, 256, 512]  # sequences of a decode step; others are padded to the next
 FULL_DEVICE = ("less than desired GPU memory utilization", "CUDA error: out of memory")  # vLLM's and CUDA's own
+TOO_LONG = re.compile(r"max_model_len \((\d+)\) is greater than the derived max_model_len (\(.*?\))")  # vLLM's words
 CPU_PREFILL_TOKENS = 4096  # a batch; more only costs memory
 
 
@@ -53,6 +55,8 @@ def as_told(error: Exception) -> PipelineError | None:
     # torch's own error (torch is not imported for it), or the words for a device that others have filled.
     if type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in FULL_DEVICE):
         return OutOfMemory(f"{type(error).__name__}: {error}")
+    if long := TOO_LONG.search(str(error)):
+        return ConfigError(f"max_length={long[1]} is more than the model's context window {long[2]}; lower it")
     return None
 
 
