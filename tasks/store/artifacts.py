@@ -290,9 +290,12 @@ class ArtifactStore:
         target = f"{self.root}/{QUARANTINE}/{address}-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}Z"
         try:
             with self.hold(address, lambda: not stands()) as lease:
-                if not (lease.held() and stands()):
-                    return Quarantined(f"{why}; another run has replaced it meanwhile: run again")
+                replaced = Quarantined(f"{why}; another run has replaced it meanwhile: run again")
+                if not stands():
+                    return replaced
                 for name in sorted(self.objects(address).keys() - {LEASE}, key=lambda name: name != MANIFEST):
+                    if not lease.held():  # nor may it be after a suspension
+                        return replaced
                     with self.translated():
                         self.fs.mv(f"{self.root}/{address}/{name}", f"{target}/{name}")
         except ConfigError as error:

@@ -165,9 +165,11 @@ def remove(store: ArtifactStore, entry: Listed) -> bool:
     with store.hold(entry.address, lambda: True) as lease:
         files = store.objects(entry.address)
         files.pop(LEASE, None)
-        if not lease.held() or any(_changed(info) > entry.changed for info in files.values()):
+        if any(_changed(info) > entry.changed for info in files.values()):
             return False
         for name in sorted(files, key=lambda name: name != MANIFEST):
+            if not lease.held():  # nor may it be after a suspension
+                return False
             store.fs.rm_file(f"{store.root}/{entry.address}/{name}")
     return True
 

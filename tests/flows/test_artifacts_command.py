@@ -19,6 +19,7 @@ from tasks.domain.stage import Stage
 from tasks.store import housekeeping
 from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore
 from tasks.store.conditional import create
+from tasks.store.lease import Lease
 from tests.store.conftest import objects, produced
 from tests.tiny_data import write_data_root, write_preset
 
@@ -225,6 +226,24 @@ def test_gc_leaves_what_somebody_began_to_write_after_it_looked(store: ArtifactS
     entries[0].changed = time.time() - 1000
     assert not housekeeping.remove(store, entries[0])
     assert store.find(LOOSE) is not None
+
+
+def test_gc_that_was_suspended_and_overtaken_deletes_no_more(
+    store: ArtifactStore, tomorrow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is lost after the first deletion."""
+    (entry,) = housekeeping.unneeded(store, 10, [], 3600)
+    before = objects(store, LOOSE.address)
+    remove, held = store.fs.rm_file, [True]
+
+    def remove_and_lose(path: str) -> None:
+        remove(path)
+        held.clear()
+
+    monkeypatch.setattr(store.fs, "rm_file", remove_and_lose)
+    monkeypatch.setattr(Lease, "held", lambda _lease: bool(held))
+    assert not housekeeping.remove(store, entry)
+    assert before - objects(store, LOOSE.address) == {f"{LOOSE.address}/{MANIFEST}"}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fsspec import get_filesystem_class
 from tasks.domain.errors import ArtifactError, ConfigError, PipelineError, StoreUnavailable
 from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore, Manifest, Quarantined, Transfer
 from tasks.store.conditional import create
+from tasks.store.lease import Lease
 from tasks.store.mirror import sha256_of
 from tests.store.conftest import FILES, contents, objects, produced, stage
 
@@ -216,6 +217,23 @@ def test_only_the_artifact_that_was_judged_is_quarantined(store: ArtifactStore, 
     assert "replaced it meanwhile" in str(store.quarantine(stage().address, bad, "bad"))
     assert store.find(stage()) == replaced and store.find(stage(rows=2)) == good
     assert not quarantined(store)
+
+
+def test_a_quarantine_that_was_suspended_and_overtaken_moves_no_more(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is lost after the first object has been moved."""
+    bad = store.publish(stage(), produced(tmp_path / "out"), {}, 0)
+    move, held = store.fs.mv, [True]
+
+    def move_and_lose(*arguments: Any) -> None:
+        move(*arguments)
+        held.clear()
+
+    monkeypatch.setattr(store.fs, "mv", move_and_lose)
+    monkeypatch.setattr(Lease, "held", lambda _lease: bool(held))
+    assert "replaced it meanwhile" in str(store.quarantine(stage().address, bad, "bad"))
+    assert quarantined(store).keys() == {MANIFEST}
 
 
 def plant(store: ArtifactStore, name: str, content: bytes) -> None:
