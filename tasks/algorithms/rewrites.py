@@ -14,27 +14,35 @@ import numpy as np
 from tasks.algorithms.math_answers import letters_of, same_answer, shows_steps
 
 REFUSAL = re.compile(
-    r"""^\W* (?:(?:unfortunately|but) \W+)? (?:
-    (?:i['’]m|i[ ]am)[ ] (?:\w+[ ])? sorry | sorry,
+    r"""^\W* (?:(?:unfortunately|but|regrettably|hello|oh|no) \W+)? (?:
+    (?:(?:i['’]m|i[ ]am|we['’]re|we[ ]are)[ ] (?:\w+[ ]){0,2})? sorry\b (?![ ](?:to[ ]hear|for[ ]your|that[ ]you))
     | apologies\b | (?:i|we|my|please[ ]accept[ ]my)[ ] (?:\w+[ ])? apolog
-    | as[ ]an?[ ] (?:ai|(?:large[ ])?language[ ]model) \b
-    | unfortunately \W+ i\b
-    | (?:i['’]m|i[ ]am)[ ] (?:unable|not[ ]able)[ ] to
-    | i[ ]do (?:n['’]t|[ ]not)[ ] have[ ] (?:access|the[ ]ability|(?:enough[ ]|any[ ])?information)
-    | i[ ]can (?:['’]|no|[ ]no) t[ ] (?:help|assist|answer|provide|fulfil|comply|complete|do[ ](?:that|this|so)
-      |generate|create|write|give|tell|offer|continue|engage|determine|access|see|perform|process|rewrite)
+    | as[ ]an?[ ] (?:[\w-]+[ ]){0,2} (?:ai|artificial[ ]intelligence|language[ ]model)\b
+      (?=[ ]?[,(]|[ ](?:model|assistant)\b)
+    | (?:i['’]m|i[ ]am)[ ] (?:(?:just[ ])?an[ ]ai | unable | not[ ]able | afraid)\b
+    | (?:i|we)[ ] (?:won['’]t | will[ ]not | must[ ]decline | have[ ]to[ ]decline)\b
+    | i[ ]do (?:n['’]t|[ ]not)[ ] have[ ]
+      (?:access | the[ ](?:ability|capability) | (?:enough[ ]|any[ ])?information | personal | real-time)\b
+    | (?:i|we)[ ]can (?:['’]|no|[ ]no) t[ ] (?:\w+ly[ ])?
+      (?:help|assist|answer|provide|fulfil|comply|complete|do|generate|create|write|give|tell|offer|continue|engage
+      |determine|access|see|perform|process|rewrite|discuss|recommend|verify|browse|respond|make)\b
     )""",
     re.I | re.X,
 )
 TALKS_ABOUT_TASK = re.compile(
-    r"\b(?:(?:the|a|this|your|given|provided) reference\b(?! (?:to|point|frame|number)\b)"
-    r"|(?:reference|given|provided|original) (?:answer|response|solution)"
-    r"|(?:answer|response|solution) to (?:this|the|your) (?:request|question)"
-    r"|(?:your|my) own (?:words|answer|response))\b",
-    re.I,
+    r"""\b(?:
+    (?:the|given|provided)[ ]reference (?:[ ](?:says|states|gives|shows|is|answer|response|solution|text)\b|[.,:])
+    | (?:reference|given|provided|original)[ ](?:answer|response)\b
+    | (?:answer|response|solution)[ ](?:you[ ](?:gave|provided)|provided|given)\b
+    | (?:rewritten|rephrased|paraphrased|revised)[ ](?:answer|response|version)\b
+    | (?:your|my)[ ]own[ ]words\b
+    ) | ^\W*(?:request|reference|rephrased|rewritten)\W*:""",
+    re.I | re.X,
 )
 LOOP_COPIES = 3
 LOOP_LETTERS = 60  # of all copies together
+COPIED_WORDS = 6
+COPIED_SHARE = 0.7  # of the letters
 SLACK_WORDS = 60  # short references may get a full sentence or two
 
 
@@ -53,7 +61,7 @@ def rejection(rewrite: str, reference: str, prompt: str, kind: str, finished: bo
     """
     text = rewrite.strip()
     words, reference_words = text.split(), reference.split()
-    if not text:
+    if not letters_of(text):
         return "empty"
     if not finished:
         return "unfinished"
@@ -61,7 +69,7 @@ def rejection(rewrite: str, reference: str, prompt: str, kind: str, finished: bo
         return "refusal"
     if is_loop(text) and not is_loop(reference):
         return "repetition"
-    if letters_of(text) in letters_of(prompt) and letters_of(text) not in letters_of(reference):
+    if copies(text, prompt) and not copies(text, reference):
         return "copies the prompt"
     if TALKS_ABOUT_TASK.search(text) and not TALKS_ABOUT_TASK.search(f"{prompt}\n{reference}"):
         return "talks about the task"
@@ -70,11 +78,18 @@ def rejection(rewrite: str, reference: str, prompt: str, kind: str, finished: bo
     if len(words) > rule.max_length_ratio * len(reference_words) + SLACK_WORDS:
         return "too long"
     if kind == "math":
-        if not same_answer(text, reference):
+        if not same_answer(text, reference, prompt):
             return "other final answer"
         if not shows_steps(text, reference, prompt):
             return "no steps"
     return None
+
+
+def copies(text: str, other: str) -> bool:
+    """True when one holds the other and little else, spaces, punctuation and case aside; a few words are no copy."""
+    shorter, longer = sorted((letters_of(text), letters_of(other)), key=len)
+    words = min(len(text.split()), len(other.split()))
+    return words >= COPIED_WORDS and shorter in longer and len(shorter) >= COPIED_SHARE * len(longer)
 
 
 def is_loop(text: str) -> bool:

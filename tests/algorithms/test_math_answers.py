@@ -6,6 +6,8 @@ import pytest
 
 from tasks.algorithms.math_answers import same_answer, shows_steps
 
+PROMPT = "Of 4 boys and 9 girls each has 12 apples and 7 pears."
+
 
 @pytest.mark.parametrize(
     ("text", "reference", "shown"),
@@ -17,6 +19,12 @@ from tasks.algorithms.math_answers import same_answer, shows_steps
         ("the answer", "It is 5\n#### 5", True),  # nothing but the final answer to show
         ("112 and 200", "12 and 20 make 32\n#### 32", False),  # whole numbers, not digits inside others
         ("1,200 left", "1,200 left and 3 make 9\n#### 9", True),
+        ("1200 left", "1,200 left and 3 make 9\n#### 9", True),
+        ("$1{,}200$ left", "1200 left and 3 make 9\n#### 9", True),
+        ("$1,200.00 left", "1200 left and 3 make 9\n#### 9", True),
+        ("0.5 of it", "3*.5 = .5\n#### 9", True),
+        ("the answer", "10 - 1.5 = <<10-1.5=8.5>>8.5\n#### 8.5", False),
+        ("the answer", "10 - 2 = <<10-2=8.5>>8.5\n#### 8.5", True),  # the mark is no number that is to be shown
     ],
 )
 def test_shows_steps(text: str, reference: str, shown: bool) -> None:
@@ -69,10 +77,28 @@ def test_numbers_of_the_prompt_are_no_steps() -> None:
         ("The answer is B.", r"\boxed{B}"),
         (r"\boxed{\text{even}}", "The answer is even."),
         (r"so \boxed{x^2+1} for 3 of them", r"\boxed{1+x^2}"),
+        (r"\boxed{\pi}", r"\boxed{\pi}"),
+        (r"\boxed{b+a}", r"\boxed{a+b}"),
+        (r"The answer is 2\sqrt{3}.", r"\boxed{2\sqrt{3}}"),
+        ("The answer is (2, 3).", r"\boxed{(2,3)}"),
+        (r"\fbox{12}", "#### 12"),
+        ("It is $.50 a piece.", "#### 0.5"),
+        (r"So she makes \$18 every day.", "#### 18"),
+        (r"So she makes **\$18**.", "#### 18"),
+        (r"\(18\) eggs are left.", "#### 18"),
+        ("That is -$12.", "#### -12"),
+        ("That is \u201312.", "#### -12"),
+        ("Each correct answer is worth 5 points. He scored 3 * 5 = 15 points.", "#### 15"),
+        ("The answer is 12.\n\nTo check the answer: 12 + 8 = 20.", "#### 12"),
+        ("There are 12 apples. We can verify this: 12 + 8 = 20.", "#### 12"),
+        ("It takes 15 days to do so for 9 girls.", "#### 15"),
+        ("There are 12 left (= 20 - 8).", "#### 12"),
+        ("Each of the 4 boys gets 3 apples.", "#### 3"),
+        ("Each of the 9 girls gets 4 apples.", "#### 4"),
     ],
 )
 def test_one_answer_in_two_forms(text: str, reference: str) -> None:
-    assert same_answer(text, reference)
+    assert same_answer(text, reference, PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +131,17 @@ def test_one_answer_in_two_forms(text: str, reference: str) -> None:
         ("#### C", "#### B"),
         ("The answer is C.", r"\boxed{B}"),
         (r"\boxed{x^2}", r"\boxed{1+x^2}"),
+        (r"\boxed{a-b}", r"\boxed{a+b}"),
+        (r"\boxed{-x}", r"\boxed{x}"),
+        (r"\boxed{\frac{x}{y}}", r"\boxed{xy}"),
+        (r"\boxed{\text{odd}}", r"\boxed{\text{even}}"),
+        ("So each of the 4 boys gets 3 apples.", "#### 4"),
+        ("The answer is 18 eggs for 20 dollars.", "#### 20"),
+        ("The answer is 5:30.", "#### 5"),
+        ("The answer is 1 / 2.", "#### 2"),
+        ("The answer is 20 - 8.", "#### 8"),
+        ("The answer is 3x.", "#### 3"),
     ],
 )
 def test_two_answers(text: str, reference: str) -> None:
-    assert not same_answer(text, reference)
+    assert not same_answer(text, reference, PROMPT)

@@ -42,7 +42,7 @@ def test_sound_rewrites_are_kept() -> None:
     assert math_reason(MATH_REFERENCE) is None
 
 
-@pytest.mark.parametrize("rewrite", ["", " ", "\n\t \n"])
+@pytest.mark.parametrize("rewrite", ["", " ", "\n\t \n", "...", "\U0001f600" * 50])
 def test_empty(rewrite: str) -> None:
     assert reason(rewrite) == "empty"
     assert reason(rewrite, finished=False) == "empty"
@@ -74,6 +74,12 @@ def test_unfinished() -> None:
         "I'm not able to see why the sky has the colour that it has on most of all of the days of the year.",
         "I don't have access to the sky and the colour that it has on most of all of the days of the year.",
         "I do not have enough information on the sky and the colour that it has on most of all of the days.",
+        "I won't say why the sky has the colour that it has on most of all of the days of the whole long year.",
+        "I'm afraid I do not know why the sky has the colour that it has on most of all of the days of a year.",
+        "Sorry but I do not know why the sky has the colour that it has on most of all of the days of a year.",
+        "As a text-based AI, I cannot look at the sky and the colour that it has on most of the days of a year.",
+        "I cannot directly discuss why the sky has the colour that it has on most of all of the days of a year.",
+        "I don't have personal views on why the sky has the colour that it has on most of the days of a year.",
         "I can not provide the reason why the sky has the colour that it has on most of the days of a year.",
     ],
 )
@@ -89,6 +95,8 @@ def test_refusal(rewrite: str) -> None:
         "A sorry, grey sky is the exception; on most days the air scatters blue light and the sky is blue.",
         "I can help you here: the air scatters the blue part of the sunlight most, so the sky looks blue.",
         "Unfortunately, the air is no black box: it scatters the blue light most of all, so the sky is blue.",
+        "I'm sorry to hear that it is grey; on other days the air scatters the blue light, so the sky is blue.",
+        "As an AI engineer would say, the air is a filter that sends the blue part of sunlight everywhere.",
         "I can't wait to tell you: the air scatters the blue light most of all, and so the whole sky is blue.",
         "As an aid, think of the air as a filter that sends the blue part of sunlight in every direction.",
     ],
@@ -148,6 +156,10 @@ def test_copies_the_prompt() -> None:
     prompt = f"Is this right? {SOUND} Say yes or no."
     assert reason(SOUND, prompt=prompt) == "copies the prompt"
     assert reason(SOUND.upper().replace(",", "  ") + "!", prompt=prompt) == "copies the prompt"
+    assert reason(f"Sure! {prompt}", prompt=prompt) == "copies the prompt"
+    assert reason(f"{prompt} {REFERENCE}", prompt=prompt) is None, "the question, and then an answer"
+    assert reason(SOUND, prompt=f"What does this say of the sky? {SOUND} {REFERENCE}") is None, "a part is an answer"
+    assert reason("No.", prompt="Do you know it?", reference="False.") is None, "not the letters of a word"
     assert reason(SOUND + " Yes.", prompt=prompt) is None
     assert reason(SOUND, prompt=prompt, reference=f"{SOUND} That is right.") is None, "the prompt holds the answer"
 
@@ -155,10 +167,9 @@ def test_copies_the_prompt() -> None:
 @pytest.mark.parametrize(
     "phrase",
     [
-        "The reference says so.", "This agrees with a reference.", "The given answer is right.",
-        "See the provided solution.",
-        "That is the answer to your question.", "This is a response to this request.", "In my own words.",
-        "Here it is in your own answer.", "The given reference says so.",
+        "The reference says so.", "This agrees with the reference.", "The given answer is right.",
+        "See the reference answer.", "The answer you gave is right.", "The answer provided is right.",
+        "Here is the rewritten version.", "In my own words.", "The given reference says so.",
     ],
 )  # fmt: skip
 def test_talks_about_the_task(phrase: str) -> None:
@@ -167,12 +178,18 @@ def test_talks_about_the_task(phrase: str) -> None:
     assert reason(f"{SOUND} {phrase}", prompt=f"{PROMPT} {phrase}") is None, "it was asked so"
 
 
+@pytest.mark.parametrize("heading", ["Reference:", "**Rephrased:**", "Request:\n"])
+def test_headings_of_the_task(heading: str) -> None:
+    assert reason(f"{heading} {SOUND}") == "talks about the task"
+
+
 @pytest.mark.parametrize(
     "phrase",
     [
         "A preference of the eye helps.", "The answer is simple.", "Physics answers it.", "Its own colour is blue.",
         "Take the horizon as the reference point.", "It holds a reference to the sky.", "The original question is odd.",
-        "That solves the given problem.",
+        "That solves the given problem.", "There is no answer to your question.", "A reference variable holds it.",
+        "Attach it for your reference.", "The original solution was mixed with water.", "The reference list is last.",
     ],
 )  # fmt: skip
 def test_talk_that_is_not_about_the_task(phrase: str) -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from tasks.algorithms.math_answers import FINAL_ANSWER
+from tasks.algorithms.math_answers import CALCULATOR_MARK, FINAL_ANSWER
 from tasks.algorithms.prompts import Message, prompt_ids
 from tasks.algorithms.rewrites import Rule, rejection
 from tasks.domain.stage import json_lines
 from tasks.engines.children.border import Report, serve, vllm_options
-
-CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 Row = dict[str, Any]
 
