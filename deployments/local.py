@@ -151,10 +151,11 @@ def _service(
             yield running["url"]
         finally:
             fcntl.flock(change, fcntl.LOCK_EX)
-            with suppress(BlockingIOError):
+            with suppress(BlockingIOError, FileNotFoundError):  # others use it; its folder was removed
                 fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _stop(running["pid"])
-                record.unlink(missing_ok=True)
+                # Another user may have started a new one meanwhile, since this one's was gone.
+                _stop(json.loads(record.read_text())["pid"])
+                record.unlink()
 
 
 def _start(

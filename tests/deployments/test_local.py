@@ -51,9 +51,12 @@ def test_a_stranger_on_a_killed_servers_port_is_not_used(state: Path) -> None:
                 assert stranger.poll() is None
             with local._service("files", command, port=local._free_port(), health="/", extra={}) as own:
                 assert own != url
+                second = pid_of(state)
         finally:
             stranger.kill()
             stranger.wait()
+        assert local._answers(own), "its starter has left, but not the last user"
+    assert not Path(f"/proc/{second}").exists()
 
 
 def test_a_port_taken_between_choice_and_start_costs_a_second_try_only(state: Path) -> None:
