@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tasks.domain.errors import OutOfMemory
 from tasks.domain.recipe import Runtime
 from tasks.engines import child
+from tasks.engines.children.border import as_told
 from tests.conftest import pocket_pairs
 
-ERROR = 'OutOfMemoryError("CUDA out of memory")'
 # No device here can be filled: scoring finds no room for more than two sequences.
 FULL = """
 import sys
@@ -27,11 +28,8 @@ if "tasks.engines.children.score" in sys.orig_argv:
 """
 
 
-@pytest.mark.parametrize("error", [ERROR, 'AcceleratorError("CUDA error: out of memory")'])
-def test_batches_are_halved_until_they_fit(
-    error: str, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sitecustomize.py").write_text(FULL.replace(ERROR, error))
+def test_batches_are_halved_until_they_fit(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FULL)
     monkeypatch.setattr(child, "_short_of_memory", type(child._short_of_memory)())
 
     (tmp_path / "documents.json").write_text(json.dumps([pair["answer"] * 4 for pair in pocket_pairs()[:12]]))
@@ -56,3 +54,17 @@ def test_batches_are_halved_until_they_fit(
         with pytest.raises(OutOfMemory, match="out of memory"):
             score("full")
     assert json.loads(score("halved"))["samples"] == json.loads(undisturbed)["samples"] == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),  # CUDA's own, of a library's allocation
+        (ValueError("Free memory on device is less than desired GPU memory utilization (0.9)"), True),  # vLLM's
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (MemoryError("out of memory"), False),
+    ],
+)
+def test_errors_that_say_a_device_is_full(error: Exception, short: bool) -> None:
+    assert isinstance(as_told(error), OutOfMemory) == short

@@ -31,7 +31,8 @@ def scored(pico: Path, folder: Path, documents: list[Any], **fields: Any) -> dic
 @torch.inference_mode()
 @pytest.mark.parametrize("metric", ["angular", "block_influence"])
 def test_the_mean_over_tokens_takes_every_real_token_and_no_padding(pico: Path, tmp_path: Path, metric: str) -> None:
-    documents = [pair["answer"] for pair in pocket_pairs()[:12]]
+    words = " ".join(pair["answer"] for pair in pocket_pairs()[:2]).split()
+    documents = [" ".join(words[length : 2 * length]) for length in (5, 9, 14, 18)]
     found = scored(pico, tmp_path, documents, token="mean", metric=metric)
     assert len({len(sample) for sample in found["tokens"]}) > 2, "lengths must differ, or padding is not tried"
     model = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32, attn_implementation="eager").eval()
