@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -54,6 +54,22 @@ class Plan:
                 yield f"evaluate {role} {task}", stage
         for role, stage in self.drifts.items():
             yield f"drift {role}", stage
+
+    def affected(self, names: Collection[str]) -> dict[str, Stage]:
+        """The named stages and all that is made from them; "finetune" stands for those of both arms, and so on.
+
+        Raises ConfigError for a name that no stage has.
+        """
+        chosen: dict[str, Stage] = {}
+        unknown = set(names)
+        for name, stage in self.stages():
+            meant = {known for known in names if name == known or name.startswith(f"{known} ")}
+            unknown -= meant
+            if meant or {made.key for made in stage.inputs.values()} & {made.key for made in chosen.values()}:
+                chosen[name] = stage
+        if unknown:
+            raise ConfigError(f"refresh={sorted(unknown)}: no stage is called so; `--plan` shows their names")
+        return chosen
 
 
 def build_plan(preset: Preset) -> Plan:
@@ -188,6 +204,10 @@ def arguments(doc: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="dotted.key=value"
     )
+    parser.add_argument(
+        "--refresh", action="extend", nargs="+", default=[], metavar="STAGE",
+        help="make these stages, and what is made from them, anew; what they made before goes to quarantine/",
+    )  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="print every stage with hit or miss, and run nothing")
     return parser.parse_args()
 
@@ -196,11 +216,15 @@ def print_plan(options: argparse.Namespace) -> int:
     """Every stage with its key and hit or miss; on a miss, what changed since the newest artifact of its kind."""
     try:
         plan = build_plan(load_preset(options.preset, tuple(options.overrides)))
+        anew = plan.affected(options.refresh)
         with environment(prefect=False):
             store = ArtifactStore.from_environment()
             store.check()
             for name, stage in plan.stages():
                 if store.find(stage):
+                    if name in anew:
+                        print(f"anew  {name:32} {stage.address}")
+                        continue
                     print(f"hit   {name:32} {stage.address}")
                     continue
                 changes = store.newest_change(stage)

@@ -1,6 +1,6 @@
 """Prune a language model and bring its quality back by self-data distillation (arXiv 2410.09982).
 
-    python -m flows.recover PRESET [--set dotted.key=value ...] [--plan]
+    python -m flows.recover PRESET [--set dotted.key=value ...] [--refresh STAGE ...] [--plan]
 
 Score every span of decoder blocks, remove the least important one, let the unpruned model rewrite the
 fine-tuning answers, fine-tune the pruned model on them (SDD) and, as the control, on the originals (SFT),
@@ -10,6 +10,7 @@ and measure on the OpenLLM Leaderboard v1 how much of the quality came back.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from flows.plan import ARMS, Plan, arguments, build_plan, print_plan
 
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.context import FlowRunContext
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from deployments.local import environment
 from tasks.algorithms.prune_plan import layers_of
 from tasks.benchmarks import load_benchmarks
-from tasks.distil import distil
+from tasks.distil import distil, forget_shards
 from tasks.domain.errors import ConfigError, PipelineError
 from tasks.domain.recipe import Preset, load_preset
 from tasks.domain.span import Span
@@ -40,7 +42,7 @@ from tasks.prune import prune
 from tasks.report import write_report
 from tasks.rows import draw, load_rows
 from tasks.score import score_blocks
-from tasks.store.artifacts import ArtifactStore
+from tasks.store.artifacts import ArtifactStore, Quarantined
 from tasks.store.sources import model_config
 
 
@@ -50,11 +52,16 @@ from tasks.store.sources import model_config
     task_runner=ThreadPoolTaskRunner(max_workers=8),
     persist_result=False,
 )
-def recover(preset: Preset) -> str:
-    """Run the whole method; returns the folder of the report."""
+def recover(preset: Preset, refresh: Sequence[str] = ()) -> str:
+    """Run the whole method; returns the folder of the report.
+
+    refresh: stages by their names in the plan ("distil", "finetune sdd") that are made anew, with all that is made from
+    them, although they have artifacts.
+    """
     started = datetime.now(UTC)
-    check(preset)
+    check(preset, refresh)
     plan = build_plan(preset)
+    set_aside(plan, refresh)
     with placement(preset) as submit, children_end_with_the_run():
         futures = submit_stages(preset, plan, submit)
         results = {name: future.result() for name, future in futures.items() if future is not None}
@@ -111,11 +118,31 @@ def submit_stages(preset: Preset, plan: Plan, submit: Submit) -> dict[str, Any]:
     return futures
 
 
-def check(preset: Preset) -> None:
-    """Refuse within seconds what cannot end well: store, model, number of blocks, dataset columns."""
+def set_aside(plan: Plan, refresh: Sequence[str]) -> None:
+    """Move the artifacts of these stages, and of all that is made from them, to quarantine/.
+
+    What is younger than this run stays: an earlier start of it has made that anew.
+    """
+    context, store = FlowRunContext.get(), ArtifactStore.from_environment()
+    run = context and context.flow_run
+    assert run
+    assert run.created
+    for name, stage in plan.affected(refresh).items():
+        manifest = store.find(stage)
+        if manifest and datetime.fromisoformat(manifest.created) < run.created:
+            if name == "distil":
+                forget_shards(stage, store.find(plan.rows))
+            moved = store.quarantine(stage.address, manifest, f"{name} is to be made anew")
+            if not isinstance(moved, Quarantined):
+                raise moved
+
+
+def check(preset: Preset, refresh: Sequence[str] = ()) -> None:
+    """Refuse within seconds what cannot end well: store, names of stages, model, number of blocks, dataset columns."""
     store = ArtifactStore.from_environment()
     store.check()
     plan = build_plan(preset)
+    plan.affected(refresh)
     manifest = store.find(plan.model)
     layers = manifest.facts["layers"] if manifest else layers_of(model_config(preset.model))
     Span(0, preset.prune.blocks, layers)
@@ -131,8 +158,8 @@ def main() -> int:
     try:
         preset = load_preset(options.preset, tuple(options.overrides))
         with environment(prefect=True):
-            check(preset)
-            folder = recover(preset)
+            check(preset, options.refresh)
+            folder = recover(preset, options.refresh)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

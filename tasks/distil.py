@@ -22,7 +22,8 @@ from tasks.domain.stage import Stage, canonical_json, json_lines
 from tasks.engines.child import Progress, run_child
 from tasks.materialise import Ref, folder_of, materialise, parts_of, progress_artifact
 from tasks.policies import STAGE, engine_slots
-from tasks.store.artifacts import ArtifactStore
+from tasks.store.artifacts import ArtifactStore, Manifest
+from tasks.store.parts import Parts
 
 SHARD_ROWS = 256  # a killed run repeats at most the shards that it was at
 SHARDS_AN_ENGINE = 4  # fewer do not pay for the start of another one
@@ -69,13 +70,7 @@ def finished_shards(
 ) -> list[Path]:  # fmt: skip
     """The files of the chosen shards, after making those that no run has yet. engines: at most; None as in runtime."""
     source = folder_of(rows) / "rows.jsonl"
-    lines = json_lines(source)
-    generation = {name: value for name, value in stage.recipe.items() if name != "min_accept_rate"}
-    made_from = canonical_json([stage.version, generation, stage.inputs["model"].key])
-    shards = [
-        (_shard_name(made_from, lines[at : at + SHARD_ROWS]), at, at + SHARD_ROWS)
-        for at in range(0, len(lines), SHARD_ROWS)
-    ][chosen]
+    shards = _shards(stage, source)[chosen]
     with parts_of("distil", progress, [f"{name}.jsonl" for name, *_ in shards], shared=True) as (parts, committing):
         missing = [shard for shard in shards if not (parts / f"{shard[0]}.jsonl").exists()]
         if missing:
@@ -85,6 +80,25 @@ def finished_shards(
             }  # fmt: skip
             generate(request, missing, out, runtime, committing, engines or runtime.engines)
     return [parts / f"{name}.jsonl" for name, *_ in shards]
+
+
+def forget_shards(stage: Stage, rows: Manifest | None) -> None:
+    """Let the next run generate all rows anew; also on machines that have the shards, which follow the store."""
+    if rows:
+        store = ArtifactStore.from_environment()
+        shards = _shards(stage, store.fetch(rows) / "rows.jsonl")
+        Parts(store, "distil", [f"{name}.jsonl" for name, *_ in shards]).remove()
+
+
+def _shards(stage: Stage, rows: Path) -> list[Shard]:
+    """Named by all that their rows are made from, so that others' datasets share them."""
+    lines = json_lines(rows)
+    generation = {name: value for name, value in stage.recipe.items() if name != "min_accept_rate"}
+    made_from = canonical_json([stage.version, generation, stage.inputs["model"].key])
+    return [
+        (_shard_name(made_from, lines[at : at + SHARD_ROWS]), at, at + SHARD_ROWS)
+        for at in range(0, len(lines), SHARD_ROWS)
+    ]
 
 
 def generate(request: Row, shards: list[Shard], out: Path, runtime: Runtime, progress: Progress, engines: int) -> None:

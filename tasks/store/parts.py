@@ -18,6 +18,7 @@ from tasks.store.conditional import link
 from tasks.store.mirror import sha256_of
 
 PARTS = "parts"
+COMMITTED = 0o100444  # mode of a local piece that the store has or had
 
 
 class Parts:
@@ -31,11 +32,18 @@ class Parts:
         self.stored: dict[str, int] = {}  # name -> time of the version that the store has
 
     def fetch(self) -> None:
-        """Bring what the store has and this machine has not."""
+        """Bring what the store has and this machine has not; drop what the store had and has no more."""
+        gone = set(self.names)
         for path in self._stored_versions(f"{PARTS}/{self.stage}"):
             name, _, digest = path.rpartition("/")
+            gone.discard(name)
             if name in self.names and ((self.folder / name).exists() or self._download(name, digest)):
                 self.stored[name] = (self.folder / name).stat().st_mtime_ns
+        for name in gone:
+            self.stored.pop(name, None)
+            with suppress(FileNotFoundError):
+                if (self.folder / name).stat().st_mode == COMMITTED:
+                    (self.folder / name).unlink()
 
     @contextmanager
     def claimed(self, until: Callable[[], bool]) -> Iterator[None]:
@@ -60,6 +68,7 @@ class Parts:
                 if self.stored.get(name) != written:
                     self._upload(name)
                     self.stored[name] = written
+                    (self.folder / name).chmod(COMMITTED)
 
     def remove(self) -> None:
         """Forget the pieces: their stage is finished, and nothing else can use them."""
@@ -94,6 +103,7 @@ class Parts:
                 except FileNotFoundError:
                     return False
                 if sha256_of(copy) == digest:
+                    copy.chmod(COMMITTED)
                     copy.rename(self.folder / name)
                     return True
         return False

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 
 from flows.plan import build_plan
-from flows.recover import run_stage
+from flows.recover import run_stage, set_aside
 from tasks.domain.errors import ArtifactError, ConfigError
 from tasks.domain.recipe import load_preset
 from tasks.domain.stage import json_lines
@@ -220,6 +221,28 @@ def test_one_stage_alone_as_another_machine_makes_it(first: dict[str, Any], pres
         run_stage(other, "merge sdd", build_plan(other).merged["sdd"].key)
 
 
+def test_refreshed_stages_are_made_anew_once(first: dict[str, Any], preset: str) -> None:
+    """The artifact goes to quarantine/; what the run then makes stays when the run is started again."""
+    loaded, store = load_preset(preset), ArtifactStore.from_environment()
+    plan = build_plan(loaded)
+    stage = plan.drifts["pruned"]
+    before = store.find(stage)
+    found = []
+
+    @flow(persist_result=False)
+    def refreshing() -> None:
+        set_aside(plan, ["drift pruned"])
+        found.append(store.find(stage))
+        run_stage(loaded, "drift pruned", stage.key)
+        found.append(store.find(stage))
+        set_aside(plan, ["drift pruned"])
+        found.append(store.find(stage))
+
+    refreshing()
+    assert before and found[0] is None and found[1] == found[2] != before
+    assert any(path.startswith(f"{stage.address}-") for path in store.objects("quarantine"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "words"),
     [
@@ -233,6 +256,7 @@ def test_one_stage_alone_as_another_machine_makes_it(first: dict[str, Any], pres
         ),
         (["@", "--set", "dataset.sources.0.path=@empty"], {}, ["is empty"]),
         (["@", "--set", "model.path=@encoder"], {}, ["no causal language model", "BertModel"]),
+        (["@", "--refresh", "distill"], {}, ["refresh=['distill']", "--plan"]),
         (["@"], {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, ["AWS_ENDPOINT_URL", "http://127.0.0.1:9"]),
         (["@"], {"AWS_SECRET_ACCESS_KEY": "wrong"}, ["AWS_SECRET_ACCESS_KEY"]),
         (["@"], {"SDD_STORE": "ftp://somewhere"}, ["SDD_STORE=ftp://somewhere"]),
@@ -260,6 +284,22 @@ def test_bad_input_is_refused_in_one_sentence(
     assert "Traceback" not in done.stderr
     assert "wrong" not in done.stderr.split("error: ")[1] or "AWS_SECRET" not in str(variables)
     assert set(store.fs.find(store.root)) == before
+
+
+def test_a_refreshed_dataset_takes_what_is_made_from_it_and_its_shards_along(
+    first: dict[str, Any], preset: str
+) -> None:
+    """Runs last: little is left of the artifacts."""
+    loaded, store = load_preset(preset), ArtifactStore.from_environment()
+    plan = build_plan(loaded)
+    shown = run_cli(preset, "--plan", "--refresh", "distil").stdout
+    expected = {"distil", *(name for name, _ in plan.stages() if " sft" in name or " sdd" in name)}
+    assert {line[6:38].strip() for line in shown.splitlines() if line.startswith("anew")} == expected
+    shards = [path for path in store.objects("parts/distil") if not path.endswith("lease.json")]
+    flow(persist_result=False)(set_aside)(plan, ["distil"])
+    assert {name for name, stage in plan.stages() if store.find(stage) is None} == expected
+    left = [path for path in store.objects("parts/distil") if not path.endswith("lease.json")]
+    assert shards and not left
 
 
 def _fill(argument: str, names: dict[str, str]) -> str:

@@ -37,8 +37,10 @@ def whole_preset(operations: Path, tmp_path: Path) -> Path:
 def run(preset: Path, store: str, mirror: Path, killed_in: str | None = None) -> dict[str, Any] | None:
     """The report, or None when the run was killed as soon as a stage of this kind said that it is at work."""
     environment = os.environ | {"SDD_STORE": store, "SDD_MIRROR": str(mirror)}
+    # The prune may have ended beside the generation, in which the run before was killed.
+    refresh = ["--refresh", "prune"] if killed_in == "prune" else []
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.recover", str(preset)], cwd=ROOT, env=environment,
+        [sys.executable, "-m", "flows.recover", str(preset), *refresh], cwd=ROOT, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None

@@ -48,6 +48,22 @@ def test_only_named_pieces_are_brought(store: ArtifactStore, tmp_path: Path) -> 
     assert [path.name for path in second.folder.iterdir()] == ["b.jsonl"]
 
 
+def test_forgotten_pieces_are_gone_on_every_machine_but_those_that_no_store_had_yet(
+    store: ArtifactStore, tmp_path: Path
+) -> None:
+    bucket(store)
+    first, second = Parts(store, "distil", ["a", "b"]), Parts(machine(store, tmp_path / "other"), "distil", ["a", "b"])
+    (first.folder / "a").write_text("of the first")
+    first.commit()
+    second.fetch()
+    (second.folder / "b").write_text("not committed yet")
+    first.remove()
+    second.fetch()
+    assert [path.name for path in second.folder.iterdir()] == ["b"]
+    second.commit()
+    assert {path.split("/")[-2] for path in store.objects("parts/distil")} == {"b"}
+
+
 def test_a_piece_that_was_replaced_is_committed_again(store: ArtifactStore, tmp_path: Path) -> None:
     bucket(store)
     first = Parts(store, "finetune", ["state"])
