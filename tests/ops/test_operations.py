@@ -53,6 +53,10 @@ def engines(parent: int) -> list[int]:
     return found
 
 
+def are_gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def test_every_deployment_has_its_preset_and_a_form(operations: Path) -> None:
     with get_client(sync_client=True) as client:
         for name in ("demo-cpu", "smollm2-135m", "qwen2.5-coder-1.5b", "paper-llama3.1-8b"):
@@ -230,9 +234,9 @@ def generating(longer: Preset) -> dict[str, Any]:
 def test_cancelling_a_run_frees_the_device(generating: dict[str, Any]) -> None:
     with get_client(sync_client=True) as client, worker("gpu") as process:
         run = start("stage/gpu", **generating)
-        (engine,) = eventually(lambda: engines(process.pid), "the engine")
+        found = eventually(lambda: engines(process.pid), "an engine")
         client.set_flow_run_state(run, Cancelling())
-        eventually(lambda: not Path(f"/proc/{engine}").exists(), "the end of the engine", 60)
+        eventually(lambda: are_gone(found) and not engines(process.pid), "the end of the engines", 60)
         final = ended(run)
     assert final.state is not None
     assert final.state.is_cancelled()
@@ -246,10 +250,10 @@ def test_cancelling_a_run_cancels_what_it_started(deployment: str, longer: Prese
     with get_client(sync_client=True) as client, worker("cpu"), worker("gpu") as process:
         known = {r.id for r in client.read_flow_runs()}
         run = start(deployment, preset=preset, **points)
-        (engine,) = eventually(lambda: engines(process.pid), "the engine")
+        found = eventually(lambda: engines(process.pid), "an engine")
         started = [r.id for r in client.read_flow_runs() if r.state and r.state.is_running() and r.id not in known]
         client.set_flow_run_state(run, Cancelling())
-        eventually(lambda: not Path(f"/proc/{engine}").exists(), "the end of the engine", 60)
+        eventually(lambda: are_gone(found) and not engines(process.pid), "the end of the engines", 60)
         assert {str(ended(each).state_name) for each in started} == {"Cancelled"}
         passed = {state.name for each in started for state in client.read_flow_run_states(each)}
         assert "Crashed" not in passed, "crashed runs start again"
