@@ -294,7 +294,8 @@ def test_a_refreshed_dataset_takes_what_is_made_from_it_and_its_shards_along(
     plan = build_plan(loaded)
     shown = run_cli(preset, "--plan", "--refresh", "distil").stdout
     expected = {"distil", *(name for name, _ in plan.stages() if " sft" in name or " sdd" in name)}
-    assert {line[6:38].strip() for line in shown.splitlines() if line.startswith("anew")} == expected
+    assert {line[6:38].strip() for line in shown.splitlines() if not line.startswith("hit")} == expected
+    assert "anew  distil" in shown
     shards = [path for path in store.objects("parts/distil") if not path.endswith("lease.json")]
     flow(persist_result=False)(set_aside)(plan, ["distil"])
     assert {name for name, stage in plan.stages() if store.find(stage) is None} == expected
