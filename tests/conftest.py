@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gzip
 import json
 import os
@@ -32,6 +33,7 @@ TEMPLATE = (
 for name in [name for name in os.environ if name.startswith(("SDD_", "AWS_", "PREFECT_"))]:
     del os.environ[name]
 os.environ["SDD_STATE"] = STATE = tempfile.mkdtemp(prefix="sdd-tests-")
+atexit.register(shutil.rmtree, STATE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +43,6 @@ def stack() -> Iterator[dict[str, str]]:
 
     with environment(prefect=True):
         yield dict(os.environ)
-    shutil.rmtree(STATE)
 
 
 @pytest.fixture(scope="session")

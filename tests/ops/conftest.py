@@ -73,7 +73,6 @@ def operations(postgres: str, pico: Path, tmp_path_factory: pytest.TempPathFacto
         command("prefect", "--no-prompt", "deploy", "--prefect-file", "deployments/prefect.yaml", "--all")
         command("python", "-m", "deployments.automations")
         yield preset
-    shutil.rmtree(os.environ["SDD_STATE"])
 
 
 @pytest.fixture(scope="session")
