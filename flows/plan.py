@@ -38,11 +38,11 @@ class Plan:
     drifts: dict[str, Stage]  # empty where the preset names no held-out text
 
     def stages(self) -> Iterator[tuple[str, Stage]]:
-        """Every stage with a name for people, in the order of the pipeline."""
+        """Every stage with a name for people, in the order of the pipeline: inputs first."""
         yield "model", self.model
-        yield "rows", self.rows
         if self.benchmarks:
             yield "benchmarks", self.benchmarks
+        yield "rows", self.rows
         yield "score", self.distances
         yield "prune", self.pruned
         yield "distil", self.distilled

@@ -455,3 +455,20 @@ def test_building_a_plan_loads_no_engine(preset: Preset, tmp_path: Path) -> None
     count, modules = done.stdout.splitlines()
     assert int(count) == len(READS)
     assert not {"torch", "vllm", "transformers", "peft", "lm_eval", "datasets"} & set(modules.split())
+
+
+def test_what_is_made_from_refreshed_stages_is_affected(base: Preset) -> None:
+    plan = build_plan(base)
+    names = [name for name, _ in plan.stages()]
+    assert not plan.affected([])
+    assert [*plan.affected(["model"])] == [name for name in names if name not in ("benchmarks", "rows")]
+    assert {*plan.affected(["merge sft", "drift unpruned"])} == {
+        "drift unpruned", *(name for name in names if name.endswith("sft") or " sft " in name),
+    } - {"finetune sft"}  # fmt: skip
+    assert {"finetune sft", "finetune sdd"} <= plan.affected(["finetune"]).keys()
+    with pytest.raises(ConfigError, match=r"refresh=\['finetune sd'\]"):
+        plan.affected(["finetune sd", "score"])
+    known: set[str] = set()
+    for _, stage in plan.stages():
+        assert {made.key for made in stage.inputs.values()} <= known
+        known.add(stage.key)
