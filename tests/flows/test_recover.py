@@ -297,7 +297,12 @@ def test_a_refreshed_dataset_takes_what_is_made_from_it_and_its_shards_along(
     assert {line[6:38].strip() for line in shown.splitlines() if not line.startswith("hit")} == expected
     assert "anew  distil" in shown
     shards = [path for path in store.objects("parts/distil") if not path.endswith("lease.json")]
-    flow(persist_result=False)(set_aside)(plan, ["distil"])
+
+    @flow(persist_result=False)
+    def refreshing() -> None:
+        set_aside(plan, ["distil"])
+
+    refreshing()
     assert {name for name, stage in plan.stages() if store.find(stage) is None} == expected
     left = [path for path in store.objects("parts/distil") if not path.endswith("lease.json")]
     assert shards and not left
