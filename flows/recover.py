@@ -127,7 +127,7 @@ def set_aside(plan: Plan, refresh: Sequence[str]) -> None:
     run = context and context.flow_run
     assert run
     assert run.created
-    for name, stage in plan.affected(refresh).items():
+    for name, stage in reversed(plan.affected(refresh).items()):  # the rows last: they name the shards
         manifest = store.find(stage)
         if manifest and datetime.fromisoformat(manifest.created) < run.created:
             if name == "distil":
