@@ -61,7 +61,7 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
                 [sys.executable, "-m", f"tasks.engines.children.{name}", str(request_file), str(writer)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[writer],
                 env=_environment(runtime) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
-                start_new_session=True, preexec_fn=_die_with_parent,
+                start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
             _running[process] = gpus
         os.close(writer)
@@ -234,7 +234,8 @@ def _is_installed(distribution: str) -> bool:
         return False
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """In a new process: end by SIGTERM when the thread that started this process ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

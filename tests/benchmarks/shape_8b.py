@@ -47,6 +47,7 @@ BATCHES, PROMPT, GENERATED, ROUNDS = (1, 64, 256), 256, 128, 3
 TRAINED = {"rows": 320, "prompt": 128, "answer": 380, "batch": 16}
 MICRO_BATCHES = (8, 4, 2, 1)  # the first that fits
 WARM_UP_STEPS = 2
+EVALUATED = {"arc_challenge": 64, "hellaswag": 128, "truthfulqa_mc2": 64, "mmlu": 4, "winogrande": 128, "gsm8k": 64}
 START, COUNT = 20, 6  # the span that is cut; its place costs nothing
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}  # NVIDIA's data sheet, SXM, bf16 without sparsity
 UTILISATION = 0.4
@@ -390,6 +391,41 @@ def gate(folder: Path, _tokenizer: Path | None, _tiny: bool) -> Figures:
     return {"seconds": round(time.monotonic() - started, 1)}
 
 
+def evaluate(folder: Path, _tokenizer: Path | None, tiny: bool) -> Figures:
+    """The evaluation child on the pruned model, first items of each task; whole: as long as all items would take."""
+    named = os.environ.get("SDD_DATA_ROOT")  # before an import below clears it
+    from tasks.domain.leaderboard import LEADERBOARD
+    from tasks.domain.recipe import Runtime
+    from tasks.domain.stage import json_lines
+    from tasks.engines.children.evaluate import evaluate as run
+    from tasks.store.sources import benchmark_questions
+    from tests.tiny_data import write_data_root
+
+    root = Path(named or write_data_root(folder / "data", items=40))
+    where = {"data_root": str(root), "revision": None}
+    tasks = {
+        name: {"shots": LEADERBOARD[name].shots, "limit": 1 if tiny else limit, **where}
+        for name, limit in EVALUATED.items()
+    }
+    request = {
+        "checkpoint": str(folder / "pruned"), "backend": "vllm", "chat_template": False, "max_generated": 256,
+        "seed": 0, "dtype": "bfloat16", "max_length": 2048 if tiny else 4096, "tasks": tasks,
+        "runtime": Runtime().model_dump(),
+    }  # fmt: skip
+    times: list[float] = []
+    started = time.monotonic()
+    run(request, _empty(folder / "scores"), lambda _done, _text: times.append(time.monotonic()))
+    figures: Figures = {"load_seconds": round(times[1] - started, 1)}
+    whole = 0.0
+    for name, begun, ended in zip(tasks, times[1::2], times[2::2], strict=True):
+        samples = map(json.loads, json_lines(folder / "scores" / name / f"samples_{name}.jsonl"))
+        scored = len({(sample["task"], sample["doc_id"]) for sample in samples})  # GSM8K's stand there once a filter
+        items = sum(1 for _ in benchmark_questions(name, root, None))
+        figures[name] = {"items": scored, "of": items, "seconds": round(ended - begun, 1)}
+        whole += (ended - begun) * items / scored
+    return figures | {"whole_suite_seconds": round(whole)}
+
+
 def _empty(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -415,7 +451,7 @@ def _text(folder: Path, tokens: int, at: int) -> str:
 
 PARTS = {
     part.__name__: part
-    for part in (checkpoint, score, prune, generate_original, generate_pruned, finetune, merge, gate)
+    for part in (checkpoint, score, prune, generate_original, generate_pruned, finetune, merge, gate, evaluate)
 }
 
 if __name__ == "__main__":

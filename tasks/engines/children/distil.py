@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-from vllm import LLM, SamplingParams
-from vllm.sampling_params import RequestOutputKind
 
 from tasks.algorithms.math_answers import CALCULATOR_MARK, FINAL_ANSWER
 from tasks.algorithms.prompts import Message, prompt_ids
 from tasks.algorithms.rewrites import Rule, rejection
 from tasks.domain.stage import json_lines
+from tasks.engines.child import die_with_parent
 from tasks.engines.children.border import Report, serve, vllm_options
 
 Row = dict[str, Any]
+Rewritten = tuple["_Shard", Row, list[int], int, Any]  # prompt, attempt and what vLLM gave
 
 
 def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
@@ -25,6 +27,15 @@ def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
 
     Writes <parts>/<name>.jsonl for every shard, whole or not at all, as soon as its last row is decided.
     """
+    # A process of its own judges: on a GPU a millisecond a row is a good part of the engine's loop.
+    with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent) as judge:
+        judge.submit(_verdicts, [("1", "#### 1", "", "math", True, Rule(0, 1))])  # brings its libraries meanwhile
+        _rewrite(request, judge, report)
+
+
+def _rewrite(request: dict[str, Any], judge: ProcessPoolExecutor, report: Report) -> None:
+    from vllm import LLM  # not for the judge, which imports this module too
+
     lines = json_lines(Path(request["rows"]))
     shards = [_Shard(name, [json.loads(line) for line in lines[first:end]]) for name, first, end in request["shards"]]
     llm = LLM(model=request["checkpoint"], **vllm_options(request))
@@ -33,6 +44,7 @@ def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
     window = 2 * engine.vllm_config.scheduler_config.max_num_seqs
     waiting = iter([(shard, row) for shard in shards for row in shard.rows])
     running: dict[str, tuple[_Shard, Row, list[int], int]] = {}
+    judged: deque[tuple[list[Rewritten], Future[list[str | None]]]] = deque()
     total = sum(shard.undecided for shard in shards)
     decided = accepted = 0
     report(0.0, f"the model is loaded, {total} rows to rewrite")
@@ -60,15 +72,20 @@ def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
                 decide(shard, row)
             else:
                 submit(shard, row, prompt, 0)
-        if not running:
+        if running:
+            rewritten = [(*running.pop(output.request_id), output.outputs[0]) for output in engine.step()]
+            if rewritten:
+                judged.append((rewritten, judge.submit(_verdicts, [_case(request, *one) for one in rewritten])))
+        elif not judged:
             break
-        for output in engine.step():
-            shard, row, prompt, attempt = running.pop(output.request_id)
-            _judge(row, output.outputs[0], request)
-            if row["outcome"] == "accepted" or attempt + 1 == request["attempts"]:
-                decide(shard, row)
-            else:
-                submit(shard, row, prompt, attempt + 1)
+        while judged and (judged[0][1].done() or not running):
+            rewritten, verdicts = judged.popleft()
+            for (shard, row, prompt, attempt, output), reason in zip(rewritten, verdicts.result(), strict=True):
+                _settle(row, output, reason, request)
+                if row["outcome"] == "accepted" or attempt + 1 == request["attempts"]:
+                    decide(shard, row)
+                else:
+                    submit(shard, row, prompt, attempt + 1)
 
 
 class _Shard:
@@ -92,8 +109,11 @@ def _rewrite_request(row: Row, template: list[Message]) -> list[Message]:
     return [*earlier, *({**message, "content": message["content"].format_map(filling)} for message in template)]
 
 
-def _sampling(request: dict[str, Any], row_id: str, attempt: int) -> SamplingParams:
+def _sampling(request: dict[str, Any], row_id: str, attempt: int) -> Any:
     """Seeded by row and attempt, so that a row's text does not depend on which rows stand beside it."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
     digest = hashlib.sha256(f"{request['seed']}/{row_id}/{attempt}".encode()).digest()
     return SamplingParams(
         temperature=request["temperature"], top_p=request["top_p"], max_tokens=request["max_tokens"],
@@ -102,13 +122,21 @@ def _sampling(request: dict[str, Any], row_id: str, attempt: int) -> SamplingPar
     )  # fmt: skip
 
 
-def _judge(row: Row, output: Any, request: dict[str, Any]) -> None:
-    rewrite, finished = output.text.strip(), output.finish_reason == "stop"
+def _case(request: dict[str, Any], _shard: _Shard, row: Row, _prompt: list[int], _attempt: int, output: Any) -> Any:
+    """What decides about a rewrite, as `rejection` takes it."""
     rule = Rule(request["min_length_ratio"], request["max_length_ratio"])
-    reason = rejection(rewrite, row["reference"], row["prompt"][-1]["content"], row["kind"], finished, rule)
-    row["rewrite"] = rewrite
+    asked = row["prompt"][-1]["content"]
+    return output.text.strip(), row["reference"], asked, row["kind"], output.finish_reason == "stop", rule
+
+
+def _verdicts(cases: list[Any]) -> list[str | None]:
+    return [rejection(*case) for case in cases]
+
+
+def _settle(row: Row, output: Any, reason: str | None, request: dict[str, Any]) -> None:
+    row["rewrite"] = output.text.strip()
     if reason is None:
-        row |= {"outcome": "accepted", "reason": "", "answer": rewrite}
+        row |= {"outcome": "accepted", "reason": "", "answer": row["rewrite"]}
         if request["top_logprobs"]:
             row["logprobs"] = _logprobs(output)
     else:
