@@ -1,6 +1,7 @@
 """How a benchmark's numbers are kept: one file a benchmark, with machine, versions and date.
 
-The files lie in tests/benchmarks/results/, or in the folder that BENCHMARK_RESULTS names.
+The files lie in tests/benchmarks/results/, or in the folder that BENCHMARK_RESULTS names. Those of a machine with a GPU
+end in _gpu.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def alternating(ours: Callable[[], None], theirs: Callable[[], None], rounds: in
 def record(
     name: str, against: str, samples: dict[str, Any], ratio: float, target: float, *, higher_is_better: bool
 ) -> None:
+    name += "_gpu" if gpus() else ""
     result = {
         "name": name, "against": against, "ratio": round(ratio, 3), "target": target,
         "higher_is_better": higher_is_better, "samples": samples,

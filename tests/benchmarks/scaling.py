@@ -1,6 +1,6 @@
 """What each stage costs as its work grows: seconds of whole stages, engines' start included, on log-log plots.
 
-    .venv/bin/python -m tests.benchmarks.scaling [SWEEP ...]     # results/scaling_<cpu|gpu>.json and .png
+    .venv/bin/python -m tests.benchmarks.scaling [SWEEP ...]     # results/scaling.json and .png, on a GPU scaling_gpu
 
 A sweep varies one thing and holds the others. The models are random, in the shapes of SmolLM2 and smaller ones. The
 exponent is the slope between a sweep's two largest points: 1 is growth in proportion; the engine's start, which no
@@ -256,10 +256,10 @@ def write(measured: dict[str, Points]) -> None:
     exponents = {name: exponent(points) for name, points in measured.items()}
     costs = [slope for name, slope in exponents.items() if not name.endswith("workers")]
     figures = {"seconds": measured, "exponents": exponents}
-    record(f"scaling_{DEVICE}", "growth in proportion to the work (exponent 1)", figures, max(costs, default=0.0), 1.1,
+    record("scaling", "growth in proportion to the work (exponent 1)", figures, max(costs, default=0.0), 1.1,
            higher_is_better=False)  # fmt: skip
     try:
-        draw(measured, Path(os.environ.get("BENCHMARK_RESULTS", RESULTS)) / f"scaling_{DEVICE}.png")
+        draw(measured, Path(os.environ.get("BENCHMARK_RESULTS", RESULTS)) / f"scaling{'_gpu' if gpus() else ''}.png")
     except ImportError:
         print("  no plot: there is no matplotlib", flush=True)
 
