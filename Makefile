@@ -7,6 +7,7 @@ EXTRA ?= cpu
 UV := 0.13.9
 PIP_AUDIT := 2.10.1
 TRL := 1.16.0
+MATPLOTLIB := 3.11.2
 
 .PHONY: setup demo real ui deploy worker test test-ops bench lint audit clean
 
@@ -51,10 +52,12 @@ test: setup lint
 test-ops: setup
 	$(BIN)/python -m pytest -q tests/ops
 
-# trl is what fine-tuning is compared with, and nothing else needs it; what it needs is there.
+# trl is what fine-tuning is compared with, and nothing else needs it; what it needs is there. matplotlib draws.
 bench: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps trl==$(TRL)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python matplotlib==$(MATPLOTLIB)
 	$(BIN)/python -m tests.benchmarks.stages
+	$(BIN)/python -m tests.benchmarks.scaling
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

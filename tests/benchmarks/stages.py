@@ -39,7 +39,7 @@ GENERATED = {
     "cpu": {"rows": 512, "tokens": 24, "rounds": 2, "engines": 1},
     "cuda": {"rows": 16384, "tokens": 128, "rounds": 1, "engines": 4},
 }
-TRAINED = {"cpu": {"rows": 32, "rounds": 2}, "cuda": {"rows": 1024, "rounds": 2}}
+TRAINED = {"cpu": {"rows": 64, "rounds": 2}, "cuda": {"rows": 1024, "rounds": 2}}
 TRL_BATCH, TRL_LENGTH = 8, 1024  # rows a step and longest row, TRL's defaults
 EVALUATED: dict[str, dict[str, Any]] = {
     "cpu": {"tasks": ["arc_challenge", "hellaswag", "truthfulqa_mc2"], "limit": 20, "rounds": 2},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ import pytest
 
 from tasks.domain.errors import ConfigError
 from tasks.domain.recipe import Distil, Runtime
-from tasks.engines.child import run_child
-from tests.conftest import pocket_pairs
-from tests.engines.test_child import quiet
+from tasks.engines.child import _environment, run_child
+from tests.conftest import ROOT, pocket_pairs
+from tests.engines.test_child import ends, quiet
 
 RUNTIME = Runtime(device="cpu", kv_cache_gb=1, timeout_minutes=5)
 SETTINGS = Distil(
@@ -20,10 +23,25 @@ SETTINGS = Distil(
 )
 
 
-def written(
+# The child's program, which is killed alone at its first report and tells before who judges for it.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from tasks.engines.children.distil import distil
+from tests.conftest import descendants
+
+def die(_done, _text):
+    judges = [pid for pid in descendants(os.getpid()) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    print(*judges, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+distil(json.loads(sys.argv[1]), Path(), die)
+"""
+
+
+def request_on(
     pico: Path, folder: Path, shards: list[tuple[str, int, int]], settings: Distil = SETTINGS
-) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each shard that the child wrote."""
+) -> dict[str, Any]:
     rows = folder / "rows.jsonl"
     made = [
         {"id": f"r-{number}", "source": "pocket", "kind": "instruction", "reference": pair["answer"],
@@ -32,9 +50,15 @@ def written(
     ]  # fmt: skip
     rows.write_text("".join(json.dumps(row) + "\n" for row in made))
     (folder / "parts").mkdir()
-    request = {"checkpoint": str(pico), "rows": str(rows), "shards": shards, "parts": str(folder / "parts"),
-               **settings.model_dump(), "messages": settings.messages()}  # fmt: skip
-    run_child("distil", request, folder / "out", RUNTIME, quiet)
+    return {"checkpoint": str(pico), "rows": str(rows), "shards": shards, "parts": str(folder / "parts"),
+            **settings.model_dump(), "messages": settings.messages()}  # fmt: skip
+
+
+def written(
+    pico: Path, folder: Path, shards: list[tuple[str, int, int]], settings: Distil = SETTINGS
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each shard that the child wrote."""
+    run_child("distil", request_on(pico, folder, shards, settings), folder / "out", RUNTIME, quiet)
     return {
         path.stem: [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted((folder / "parts").iterdir())
@@ -86,3 +110,14 @@ def test_log_probabilities_are_of_the_tokens_of_the_rewrite(pico: Path, whole: d
         for token, entries in zip(tokens, top, strict=True):
             assert token in [entry[0] for entry in entries] and len(entries) in (3, 4)
             assert all(entry[1] <= 0 for entry in entries)
+
+
+def test_the_judge_does_not_outlive_its_child(pico: Path, tmp_path: Path) -> None:
+    request = {**request_on(pico, tmp_path, [("a", 0, 5)]), "runtime": RUNTIME.model_dump()}
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(request)], cwd=ROOT, env=_environment(RUNTIME), timeout=200,
+        stdout=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert died.returncode == -signal.SIGKILL
+    (judge,) = died.stdout.splitlines()[-1].split()
+    assert ends(int(judge))
