@@ -28,21 +28,21 @@ Shape = tuple[int, int, int]  # hidden size, blocks, attention heads
 
 DEVICE = "gpu" if gpus() else "cpu"
 SHAPES: dict[str, list[Shape]] = {
-    "cpu": [(192, 12, 3), (384, 24, 6), (576, 30, 9), (960, 32, 15)],
+    "cpu": [(192, 12, 3), (384, 24, 6), (576, 30, 9)],
     "gpu": [(576, 30, 9), (960, 32, 15), (2048, 24, 32), (3072, 28, 24)],
 }
 USUAL = {"cpu": 2, "gpu": 0}  # the shape of sweeps over something else: SmolLM2-135M's
 SIZES: dict[str, dict[str, list[int]]] = {
     "cpu": {
-        "samples": [8, 32, 128], "rows": [32, 128, 512], "workers": [1, 2, 4], "trained": [16, 64, 256],
-        "items": [5, 20, 80], "megabytes": [1, 8, 64, 512],
+        "samples": [8, 32, 128], "rows": [16, 64, 192], "workers": [1, 2, 4], "trained": [4, 16, 32],
+        "items": [1, 4, 16], "megabytes": [1, 8, 64, 512],
     },
     "gpu": {
         "samples": [32, 128, 512, 2048], "rows": [256, 1024, 4096, 8192], "workers": [1, 2, 4, 8],
         "trained": [64, 256, 1024, 4096], "items": [20, 80, 320], "megabytes": [1, 8, 64, 512],
     },
 }  # fmt: skip
-OF_EACH_MODEL = {"samples": 32, "rows": 128, "trained": 64}
+OF_EACH_MODEL = {"samples": 16, "trained": 8}
 LENGTH, TOKENS = 256, {"cpu": 24, "gpu": 128}
 TASKS = ("arc_challenge", "hellaswag")
 
@@ -77,7 +77,7 @@ class Sweeps:
 
     def distil_by_workers(self) -> Points:
         """Engines side by side on the devices of this machine, as many shards for each."""
-        return [(count, self._distil(self.sizes["rows"][-1], engines=count)) for count in self.sizes["workers"]]
+        return [(count, self._distil(self.sizes["rows"][1], engines=count)) for count in self.sizes["workers"]]
 
     def finetune_by_rows(self) -> Points:
         return [(count, self._finetune(self.usual, count)) for count in self.sizes["trained"]]
