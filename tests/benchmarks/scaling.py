@@ -219,9 +219,13 @@ def draw(sweeps: dict[str, Points], file: Path) -> None:
         stage, _, grows = name.partition("_by_")
         amounts, seconds = zip(*points, strict=True)
         axis.loglog(amounts, seconds, marker="o", color="#1f5fa8")
-        axis.loglog(amounts, [seconds[-1] * amount / amounts[-1] for amount in amounts], ls=":", color="#999999")
+        if grows != "workers":
+            axis.loglog(amounts, [seconds[-1] * amount / amounts[-1] for amount in amounts], ls=":", color="#999999")
         axis.set(title=f"{stage}, exponent {exponent(points):g}", xlabel=grows, ylabel="seconds")
-        axis.grid(visible=True, which="both", alpha=0.25)
+        axis.set_xticks(amounts, [f"{amount / 1e6:.0f}M" if amount >= 1e6 else f"{amount:g}" for amount in amounts])
+        axis.set_yticks(seconds, [f"{each:.2g}" for each in seconds])
+        axis.minorticks_off()
+        axis.grid(visible=True, alpha=0.25)
     for axis in axes.flat[len(sweeps) :]:
         axis.axis("off")
     figure.savefig(file, dpi=80)
