@@ -223,7 +223,7 @@ def draw(sweeps: dict[str, Points], file: Path) -> None:
             axis.loglog(amounts, [seconds[-1] * amount / amounts[-1] for amount in amounts], ls=":", color="#999999")
         axis.set(title=f"{stage}, exponent {exponent(points):g}", xlabel=grows, ylabel="seconds")
         axis.set_xticks(amounts, [f"{amount / 1e6:.0f}M" if amount >= 1e6 else f"{amount:g}" for amount in amounts])
-        axis.set_yticks(seconds, [f"{each:.2g}" for each in seconds])
+        axis.set_yticks(seconds, [f"{each:.3g}" for each in seconds])
         axis.minorticks_off()
         axis.grid(visible=True, alpha=0.25)
     for axis in axes.flat[len(sweeps) :]:
