@@ -14,13 +14,13 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.material import benchmark_rows, fresh, keep_settings, random_model, servers
 from tests.benchmarks.record import RESULTS, gpus, record
 
 Points = list[tuple[float, float]]  # what grows, and seconds
@@ -125,7 +125,6 @@ class Sweeps:
     def _distil(self, rows: int, engines: int) -> float:
         from tasks.distil import generate
         from tasks.domain.recipe import Distil, Runtime
-        from tests.benchmarks.stages import benchmark_rows
         from tests.conftest import write_jsonl
 
         settings = Distil(template="retell", max_tokens=TOKENS[DEVICE], attempts=1, dtype=_dtype())
@@ -140,7 +139,6 @@ class Sweeps:
 
     def _finetune(self, model: Path, rows: int) -> float:
         from tasks.domain.recipe import Finetune
-        from tests.benchmarks.stages import benchmark_rows
         from tests.conftest import write_jsonl
 
         trained = [{**row, "answer": row["reference"], "outcome": "accepted"} for row in benchmark_rows(rows)]
@@ -189,8 +187,6 @@ def _empty(folder: Path) -> Path:
 
 
 def _model(folder: Path, shape: Shape) -> Path:
-    from tests.benchmarks.stages import fresh, random_model
-
     folder.mkdir()
     return Path(fresh(random_model, folder, *shape))
 
@@ -236,23 +232,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("sweeps", nargs="*", default=names, metavar="SWEEP", help=f"default: {' '.join(names)}")
     chosen = parser.parse_args().sweeps
-    settings = dict(os.environ)
-    import tests.conftest  # noqa: F401  # clears what a test must not see
-
-    os.environ.update(settings)
+    keep_settings()
     measured: dict[str, Points] = {}
-    with tempfile.TemporaryDirectory(prefix="sdd-scaling-") as folder:
-        os.environ["SDD_STATE"], os.environ["SDD_MIRROR"] = f"{folder}/state", f"{folder}/mirror"
-        from deployments.local import environment
-
-        if not Path(sys.executable).with_name("weed").exists():
-            os.environ.setdefault("SDD_STORE", f"file://{folder}/store")
-        with environment(prefect=False):
-            sweeps = Sweeps(Path(folder))
-            for name in chosen:
-                measured[name] = getattr(sweeps, name)()
-                print(f"{name}: {measured[name]}, exponent {exponent(measured[name])}", flush=True)
-                write(measured)
+    with tempfile.TemporaryDirectory(prefix="sdd-scaling-") as folder, servers(Path(folder), prefect=False):
+        sweeps = Sweeps(Path(folder))
+        for name in chosen:
+            measured[name] = getattr(sweeps, name)()
+            print(f"{name}: {measured[name]}, exponent {exponent(measured[name])}", flush=True)
+            write(measured)
 
 
 def write(measured: dict[str, Points]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -20,9 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +28,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from tasks.domain.stage import json_lines
+from tests.benchmarks.material import benchmark_rows, device, fresh, keep_settings, random_model, servers
 from tests.benchmarks.record import alternating, gpus, median_ratio, record
 
 MB = 2**20
@@ -206,9 +204,9 @@ def generate(folder: Path, model: Path) -> None:
 
     Both start from a loaded model. On a GPU also four engines side by side against one.
     """
-    size = GENERATED[_device()]
+    size = GENERATED[device()]
     rows = benchmark_rows(size["rows"])
-    with _servers(folder):
+    with servers(folder, prefect=True):
         ours, theirs = _Rewriting(model, rows, size["tokens"]), []
         samples: dict[str, Any] = {"rows": len(rows), "tokens of a row": size["tokens"]}
         alone = []
@@ -337,7 +335,7 @@ def finetune(folder: Path, model: Path) -> None:
     from tasks.engines.child import run_child
     from tests.conftest import write_jsonl
 
-    size = TRAINED[_device()]
+    size = TRAINED[device()]
     settings = Finetune(dtype="bfloat16" if gpus() else "float32", batch=TRL_BATCH, max_length=TRL_LENGTH)
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows: list[dict[str, Any]] = []
@@ -414,7 +412,7 @@ def evaluate(folder: Path, model: Path) -> None:
     from tasks.engines.children.evaluate import _write_yamls
     from tests.tiny_data import write_data_root
 
-    size = EVALUATED[_device()]
+    size = EVALUATED[device()]
     root = os.environ.get("SDD_DATA_ROOT") or str(write_data_root(folder / "data", items=40))
     tasks = {
         name: {"shots": BENCHMARKS[name].shots, "limit": size["limit"], "data_root": root, "revision": None}
@@ -478,7 +476,7 @@ def rerun(folder: Path, _model: Path) -> None:
 
     samples: dict[str, Any] = {}
     runtime = {"device": "auto", "gpu_memory": 0.3, "kv_cache_gb": 1, "engines": 2 if not gpus() else 1}
-    with _servers(folder):
+    with servers(folder, prefect=True):
         os.environ["SDD_DATA_ROOT"] = str(write_data_root(folder / "data"))
         small = build_pico(folder / "pico")
         large = build_pico(folder / "large", hidden_size=1024, intermediate_size=4096, num_attention_heads=32)
@@ -506,75 +504,6 @@ def rerun(folder: Path, _model: Path) -> None:
     record("rerun", "10 s", samples, statistics.median(samples["all stages"]) / 10, 1.0, higher_is_better=False)
 
 
-def _device() -> str:
-    return "cuda" if gpus() else "cpu"
-
-
-def fresh(call: Callable[..., Any], *arguments: Any) -> Any:
-    """The call's result, made in a process of its own with the settings that the pipeline's children have."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_as_a_child, call, *arguments).result()
-
-
-def _as_a_child(call: Callable[..., Any], *arguments: Any) -> Any:
-    from tasks.domain.recipe import Runtime
-    from tasks.engines.child import _environment
-
-    os.environ.update(_environment(Runtime()))
-    return call(*arguments)
-
-
-def benchmark_rows(count: int) -> list[dict[str, Any]]:
-    """Rows of the datasets of a preset, as many of each; again from the first where there are fewer."""
-    from tasks.domain.recipe import load_preset
-    from tasks.rows import draw
-
-    dataset = load_preset("smollm2-135m" if os.environ.get("SDD_DATA_ROOT") else "demo-cpu").dataset
-    share = -(-count // len(dataset.sources))
-    found = [row for source in dataset.sources for row in itertools.islice(draw(source, dataset.seed), share)]
-    repeated = itertools.islice(itertools.cycle(found), count)
-    return [{**row, "id": f"{number:05d}-{row['id']}"} for number, row in enumerate(repeated)]
-
-
-@contextmanager
-def _servers(folder: Path) -> Iterator[None]:
-    """A Prefect server, and an S3 server or, where its program is missing, a folder."""
-    os.environ["SDD_STATE"] = str(folder / "state")
-    os.environ["SDD_MIRROR"] = str(folder / "mirror")
-    from deployments.local import environment
-
-    if not Path(sys.executable).with_name("weed").exists():
-        os.environ.setdefault("SDD_STORE", f"file://{folder / 'store'}")
-    with environment(prefect=True):
-        yield
-
-
-def random_model(folder: Path, hidden: int = 576, layers: int = 30, heads: int = 9) -> Path:
-    """SmolLM2-135M's shape, or a like one. Its tokenizer knows as many tokens, most of which no text is cut into."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.conftest import build_tokenizer
-
-    vocabulary = 49152
-    tokenizer = build_tokenizer()
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    known = state["model"]["vocab"]
-    state["model"]["vocab"] = known | {f"\u0120word{number}": number for number in range(len(known), vocabulary)}
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": state["model"]}))
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 8 // 3 // 64 * 64,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // (4 if heads % 3 else 3),
-        tie_word_embeddings=True, max_position_embeddings=8192,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 BENCHMARKED: dict[str, Callable[[Path, Path], None]] = {
     call.__name__: call for call in (score, prune, generate, finetune, evaluate, store, rerun, plan)
 }
@@ -594,10 +523,7 @@ def main() -> None:
         ]
         sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
     (name,) = chosen.names
-    settings = dict(os.environ)
-    import tests.conftest  # noqa: F401  # clears what a test must not see
-
-    os.environ.update(settings)
+    keep_settings()
     with tempfile.TemporaryDirectory(prefix=f"sdd-bench-{name}-") as folder:
         needs_model = name in ("score", "generate", "finetune", "evaluate")
         model = chosen.model or (fresh(random_model, Path(folder, "model")) if needs_model else Path())

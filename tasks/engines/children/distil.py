@@ -42,6 +42,7 @@ def _rewrite(request: dict[str, Any], judge: ProcessPoolExecutor, report: Report
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
     # Rows enter as others leave: a shard's second attempts do not queue behind the first attempts of all rows.
     window = 2 * engine.vllm_config.scheduler_config.max_num_seqs
+    rule = Rule(request["min_length_ratio"], request["max_length_ratio"])
     waiting = iter([(shard, row) for shard in shards for row in shard.rows])
     running: dict[str, tuple[_Shard, Row, list[int], int]] = {}
     judged: deque[tuple[list[Rewritten], Future[list[str | None]]]] = deque()
@@ -75,7 +76,8 @@ def _rewrite(request: dict[str, Any], judge: ProcessPoolExecutor, report: Report
         if running:
             rewritten = [(*running.pop(output.request_id), output.outputs[0]) for output in engine.step()]
             if rewritten:
-                judged.append((rewritten, judge.submit(_verdicts, [_case(request, *one) for one in rewritten])))
+                cases = [_case(row, output, rule) for _, row, _, _, output in rewritten]
+                judged.append((rewritten, judge.submit(_verdicts, cases)))
         elif not judged:
             break
         while judged and (judged[0][1].done() or not running):
@@ -122,14 +124,13 @@ def _sampling(request: dict[str, Any], row_id: str, attempt: int) -> Any:
     )  # fmt: skip
 
 
-def _case(request: dict[str, Any], _shard: _Shard, row: Row, _prompt: list[int], _attempt: int, output: Any) -> Any:
+def _case(row: Row, output: Any, rule: Rule) -> tuple[Any, ...]:
     """What decides about a rewrite, as `rejection` takes it."""
-    rule = Rule(request["min_length_ratio"], request["max_length_ratio"])
     asked = row["prompt"][-1]["content"]
     return output.text.strip(), row["reference"], asked, row["kind"], output.finish_reason == "stop", rule
 
 
-def _verdicts(cases: list[Any]) -> list[str | None]:
+def _verdicts(cases: list[tuple[Any, ...]]) -> list[str | None]:
     return [rejection(*case) for case in cases]
 
 
