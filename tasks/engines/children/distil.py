@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import lru_cache
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from tasks.engines.children.border import Report, serve, vllm_options
 Row = dict[str, Any]
 Rewritten = tuple["_Shard", Row, list[int], int, Any]  # prompt, attempt and what vLLM gave
 
+SHARDS_AHEAD = 8  # whose prompts are token ids before the engine asks for them
+
 
 def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
     """request: checkpoint, rows (file), shards ([name, first row, row behind the last]), parts (folder), messages of
@@ -27,23 +32,23 @@ def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
 
     Writes <parts>/<name>.jsonl for every shard, whole or not at all, as soon as its last row is decided.
     """
-    # A process of its own judges: on a GPU a millisecond a row is a good part of the engine's loop.
-    with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent) as judge:
-        judge.submit(_verdicts, [("1", "#### 1", "", "math", True, Rule(0, 1))])  # brings its libraries meanwhile
-        _rewrite(request, judge, report)
-
-
-def _rewrite(request: dict[str, Any], judge: ProcessPoolExecutor, report: Report) -> None:
-    from vllm import LLM  # not for the judge, which imports this module too
-
     lines = json_lines(Path(request["rows"]))
     shards = [_Shard(name, [json.loads(line) for line in lines[first:end]]) for name, first, end in request["shards"]]
+    # A process beside it makes prompts and judges: on a GPU a millisecond a row is a good part of the engine's loop.
+    with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent) as beside:
+        beside.submit(_verdicts, [("1", "#### 1", "", "math", True, Rule(0, 1))])  # brings its libraries meanwhile
+        _rewrite(request, shards, beside, report)
+
+
+def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolExecutor, report: Report) -> None:
+    from vllm import LLM  # not for the process beside, which imports this module too
+
+    waiting = _prompted(request, shards, beside)
     llm = LLM(model=request["checkpoint"], **vllm_options(request))
-    engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
+    engine = llm.llm_engine
     # Rows enter as others leave: a shard's second attempts do not queue behind the first attempts of all rows.
     window = 2 * engine.vllm_config.scheduler_config.max_num_seqs
     rule = Rule(request["min_length_ratio"], request["max_length_ratio"])
-    waiting = iter([(shard, row) for shard in shards for row in shard.rows])
     running: dict[str, tuple[_Shard, Row, list[int], int]] = {}
     judged: deque[tuple[list[Rewritten], Future[list[str | None]]]] = deque()
     total = sum(shard.undecided for shard in shards)
@@ -66,8 +71,7 @@ def _rewrite(request: dict[str, Any], judge: ProcessPoolExecutor, report: Report
 
     while True:
         while len(running) < window and (following := next(waiting, None)):
-            shard, row = following
-            prompt = prompt_ids(tokenizer, _rewrite_request(row, request["messages"]))
+            shard, row, prompt = following
             if len(prompt) + request["max_tokens"] > request["max_length"]:
                 row |= {"rewrite": None, "outcome": "failed", "reason": "prompt too long", "answer": None}
                 decide(shard, row)
@@ -77,7 +81,7 @@ def _rewrite(request: dict[str, Any], judge: ProcessPoolExecutor, report: Report
             rewritten = [(*running.pop(output.request_id), output.outputs[0]) for output in engine.step()]
             if rewritten:
                 cases = [_case(row, output, rule) for _, row, _, _, output in rewritten]
-                judged.append((rewritten, judge.submit(_verdicts, cases)))
+                judged.append((rewritten, beside.submit(_verdicts, cases)))
         elif not judged:
             break
         while judged and (judged[0][1].done() or not running):
@@ -100,6 +104,39 @@ class _Shard:
         unfinished = parts / f".{self.name}"
         unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
         unfinished.rename(parts / f"{self.name}.jsonl")
+
+
+def _prompted(
+    request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolExecutor
+) -> Iterator[tuple[_Shard, Row, list[int]]]:
+    """Each row with its prompt. The first prompts are asked for at once, while the model is loaded."""
+
+    def ask(shard: _Shard) -> tuple[_Shard, Future[list[list[int]]]]:
+        return shard, beside.submit(_prompts, request["checkpoint"], shard.rows, request["messages"])
+
+    following = iter(shards)
+    ahead = deque(map(ask, islice(following, SHARDS_AHEAD)))
+
+    def rows() -> Iterator[tuple[_Shard, Row, list[int]]]:
+        while ahead:
+            shard, prompts = ahead.popleft()
+            ahead.extend(map(ask, islice(following, 1)))
+            for row, prompt in zip(shard.rows, prompts.result(), strict=True):
+                yield shard, row, prompt
+
+    return rows()
+
+
+def _prompts(checkpoint: str, rows: list[Row], template: list[Message]) -> list[list[int]]:
+    tokenizer = _tokenizer(checkpoint)
+    return [prompt_ids(tokenizer, _rewrite_request(row, template)) for row in rows]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(checkpoint: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint)
 
 
 def _rewrite_request(row: Row, template: list[Message]) -> list[Message]:
