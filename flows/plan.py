@@ -95,7 +95,7 @@ def build_plan(preset: Preset) -> Plan:
     )  # fmt: skip
     pruned = Stage("prune", 2, preset.prune.model_dump(mode="json"), {"model": model, "score": distances}, cut)
     distilled = Stage(
-        "distil", 2,
+        "distil", 3,
         {**preset.distil.model_dump(mode="json"), "messages": preset.distil.messages(),
          **library_versions("vllm", "math-verify")},
         {"model": model, "rows": rows}, slug,

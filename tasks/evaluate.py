@@ -104,28 +104,35 @@ def _request(checkpoint: Ref, benchmarks: Ref | None, settings: Evaluate, stages
     }
 
 
-def item_scores(name: str, folder: Path) -> NDArray[np.float64]:
+def item_scores(name: str, folder: Path, *, lenient: bool = False) -> NDArray[np.float64]:
     """The score of each item of a task's artifact, in the order of (subject, item), the same for every model."""
-    scored = [(s["task"], s["doc_id"], float(s[BENCHMARKS[name].metric])) for s in _samples(name, folder)]
+    samples = _samples(name, folder, BENCHMARKS[name].lenient_filter if lenient else BENCHMARKS[name].filter)
+    scored = [(s["task"], s["doc_id"], float(s[BENCHMARKS[name].metric])) for s in samples]
     return np.array([score for _, _, score in sorted(scored)])
 
 
 def score_facts(name: str, folder: Path) -> dict[str, Any]:
-    """task, metric, value, stderr, items, and the value that guessing reaches on these items."""
+    """task, metric, value, stderr, items, and the value that guessing reaches on these items.
+
+    lenient_value: of a task with a lenient filter, the value by it.
+    """
     items = item_scores(name, folder)
     value, error = mean_and_error(items)
-    chance = float(np.mean([_chance(name, sample) for sample in _samples(name, folder)]))
-    return {
+    chance = float(np.mean([_chance(name, sample) for sample in _samples(name, folder, BENCHMARKS[name].filter)]))
+    facts = {
         "task": name, "metric": BENCHMARKS[name].metric, "value": value, "stderr": error, "items": len(items),
         "chance": chance,
     }  # fmt: skip
+    if BENCHMARKS[name].lenient_filter:
+        facts["lenient_value"] = float(item_scores(name, folder, lenient=True).mean())
+    return facts
 
 
-def _samples(name: str, folder: Path) -> Iterator[dict[str, Any]]:
+def _samples(name: str, folder: Path, kept: str) -> Iterator[dict[str, Any]]:
     with (folder / f"samples_{name}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             sample = json.loads(line)
-            if sample.get("filter", "none") == BENCHMARKS[name].filter:
+            if sample.get("filter", "none") == kept:
                 yield sample
 
 

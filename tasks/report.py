@@ -36,6 +36,7 @@ from tasks.store.artifacts import ArtifactStore, code_commit
 from tasks.store.sources import model_revision
 
 ARMS = ("sft", "sdd")
+SCORE = ("metric", "value", "stderr", "items", "lenient_value")
 SHOWN_ROWS = {"accepted": 6, "kept_original": 4, "failed": 2}
 
 
@@ -130,7 +131,7 @@ def _model(
         "role": role,
         "artifact": stages[checkpoint]["uri"],
         "scores": {
-            name: {field: ref["facts"][field] for field in ("metric", "value", "stderr", "items")}
+            name: {field: ref["facts"][field] for field in SCORE if field in ref["facts"]}
             for name, ref in refs.items()
             if name in LEADERBOARD
         },

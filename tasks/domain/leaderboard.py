@@ -8,6 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Benchmark:
     """shots: the leaderboard's few-shot count. metric: key of an item's score. filter: the harness's answer filter.
+    lenient_filter: one that finds the answer wherever it stands, for what is known and not said in the asked form.
 
     upstream: the task's YAML below lm_eval/tasks. hub: `id:config` of its dataset. question: column of the item's text.
     files: {split: file below openllm/ of a data root}, the tested split last.
@@ -20,6 +21,7 @@ class Benchmark:
     question: str
     files: dict[str, str]
     filter: str = "none"
+    lenient_filter: str = ""
     generative: bool = False
 
 
@@ -47,7 +49,8 @@ LEADERBOARD: dict[str, Benchmark] = {
     ),
     "gsm8k": Benchmark(
         5, "exact_match", "gsm8k/gsm8k.yaml", "openai/gsm8k:main", "question",
-        {"train": "gsm8k/train.jsonl.gz", "test": "gsm8k/test.jsonl"}, filter="strict-match", generative=True,
+        {"train": "gsm8k/train.jsonl.gz", "test": "gsm8k/test.jsonl"}, filter="strict-match",
+        lenient_filter="flexible-extract", generative=True,
     ),
 }  # fmt: skip
 

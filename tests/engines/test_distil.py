@@ -14,6 +14,7 @@ import pytest
 from tasks.domain.errors import ConfigError
 from tasks.domain.recipe import Distil, Runtime
 from tasks.engines.child import _environment, run_child
+from tasks.engines.children.distil import _answer
 from tests.conftest import ROOT, pocket_pairs
 from tests.engines.test_child import ends, quiet
 
@@ -81,6 +82,18 @@ def test_every_row_is_decided_in_its_shard_and_order(whole: dict[str, list[dict[
             assert row["answer"] == row["rewrite"] and row["reason"] == ""
         else:
             assert row["outcome"] == "kept_original" and row["answer"] == row["reference"] and row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rewrite", "answer"),
+    [
+        ("math", "2 + 3 = 5. The answer is 5.", "2 + 3 = 5. The answer is 5.\n#### 5"),
+        ("math", "2 + 3 = 5\n#### 5", "2 + 3 = 5\n#### 5"),
+        ("instruction", "It is 5.", "It is 5."),
+    ],
+)
+def test_an_accepted_worked_answer_ends_as_its_reference_does(kind: str, rewrite: str, answer: str) -> None:
+    assert _answer({"kind": kind, "reference": "2+3=<<2+3=5>>5\n#### 5", "rewrite": rewrite}) == answer
 
 
 def test_a_length_beyond_the_models_is_a_wrong_setting(pico: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tasks.domain.recipe import Runtime
 from tasks.engines.child import _environment, run_child
-from tasks.evaluate import item_scores
+from tasks.evaluate import item_scores, score_facts
 from tests.conftest import ROOT
 from tests.tiny_data import write_data_root
 
@@ -39,6 +39,22 @@ for task, settings in request["tasks"].items():
     )
     found[task] = sorted([s["doc_id"], [r[0][0] for r in s["resps"]]] for x in scored["samples"].values() for s in x)
 Path(sys.argv[2]).write_text(json.dumps(found))
+"""
+
+# Tokens that each choice of an item read from the cache.
+WATCHED = """
+import json, sys
+from tasks.engines.children.evaluate import _name_cpu_build
+_name_cpu_build()
+from tasks.engines.children.prefix_cache import PrefixCachedVLLM
+class Watched(PrefixCachedVLLM):
+    def _after_their_contexts(self, requests):
+        outputs = super()._after_their_contexts(requests)
+        print(json.dumps([output.num_cached_tokens for output in outputs]))
+        return outputs
+model = Watched(pretrained=sys.argv[1], dtype="float32", max_model_len=1024, enforce_eager=True, seed=0)
+context = [5 + 7 * place % 400 for place in range(700)]
+model._loglikelihood_tokens([(None, context, [choice]) for choice in (6, 7, 8, 9)], disable_tqdm=True)
 """
 
 
@@ -74,7 +90,28 @@ def test_log_likelihoods_equal_the_harness_without_prefix_cache(
             np.testing.assert_allclose(mine, [float(value) for value in theirs], atol=2e-3)
 
 
+def test_every_choice_reads_its_context_from_the_cache(pico: Path) -> None:
+    script = [sys.executable, "-c", WATCHED, str(pico)]
+    said = subprocess.run(
+        script, cwd=ROOT, env=_environment(RUNTIME), check=True, capture_output=True, text=True, timeout=300
+    )
+    (cached,) = [json.loads(line) for line in said.stdout.splitlines() if line.startswith("[") and line.endswith("]")]
+    assert len(cached) == 4
+    assert min(cached) >= 512  # whole blocks, of 16 tokens on a GPU and more on a CPU
+
+
 def test_item_scores_average_to_the_harness_result(evaluated: Path) -> None:
     for task, metric in (("arc_challenge", "acc_norm,none"), ("truthfulqa_mc2", "acc,none")):
         results = json.loads((evaluated / task / "results.json").read_text())["results"][f"sdd_{task}"]
         assert item_scores(task, evaluated / task).mean() == pytest.approx(results[metric])
+
+
+def test_an_answer_that_stands_elsewhere_counts_by_the_lenient_filter_alone(tmp_path: Path) -> None:
+    found = {"strict-match": [1.0, 0.0, 0.0, 0.0], "flexible-extract": [1.0, 1.0, 1.0, 0.0]}
+    with (tmp_path / "samples_gsm8k.jsonl").open("w") as file:
+        for kind, scores in found.items():
+            for doc, score in enumerate(scores):
+                sample = {"task": "gsm8k", "doc_id": doc, "filter": kind, "exact_match": score, "resps": [[""]]}
+                file.write(json.dumps(sample) + "\n")
+    facts = score_facts("gsm8k", tmp_path)
+    assert (facts["value"], facts["lenient_value"], facts["items"]) == (0.25, 0.75, 4)

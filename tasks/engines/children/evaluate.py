@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def evaluate(request: dict[str, Any], out: Path, report: Report) -> None:
     _name_cpu_build()
     import lm_eval
     from lm_eval.tasks import TaskManager
+    from lm_eval.utils import env
 
+    env.from_string = lru_cache(maxsize=None)(env.from_string)  # else a template is compiled anew for every document
     with tempfile.TemporaryDirectory() as folder:
         names = {task: _write_yamls(task, own, Path(folder)) for task, own in request["tasks"].items()}
         manager = TaskManager(include_path=folder)

@@ -55,7 +55,7 @@ class PrefixCachedVLLM(VLLM):
     def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
         if generate:
             return super()._model_generate(requests, generate, sampling_params)
-        outputs = self._score(requests, skip_cache=False)
+        outputs = self._after_their_contexts(requests)
         for prompt, output in zip(requests, outputs, strict=True):  # some versions give no entries for cached tokens
             absent = len(prompt) - len(output.prompt_logprobs)
             output.prompt_logprobs = [None] * absent + list(output.prompt_logprobs)
@@ -65,13 +65,34 @@ class PrefixCachedVLLM(VLLM):
             if output.num_cached_tokens >= len(prompt) - self._continuations[tuple(prompt)]
         ]
         if unscored:
-            again = self._score([requests[index] for index in unscored], skip_cache=True)
-            for index, output in zip(unscored, again, strict=True):
+            again = [_scoring(skip_cache=True)] * len(unscored)
+            scored = super()._model_generate([requests[index] for index in unscored], True, again)
+            for index, output in zip(unscored, scored, strict=True):
                 outputs[index] = output
         return outputs
 
-    def _score(self, requests: Any, *, skip_cache: bool) -> Any:
-        sampling = SamplingParams(
-            temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False, skip_reading_prefix_cache=skip_cache
-        )
-        return super()._model_generate(requests, True, [sampling] * len(requests))
+    def _after_their_contexts(self, requests: list[list[int]]) -> list[Any]:
+        """The prompts' outputs. A context that choices share goes before them, and asks for no log-probabilities."""
+        sharing: dict[Tokens, list[int]] = {}
+        for index, prompt in enumerate(requests):
+            context = tuple(prompt[: -self._continuations[tuple(prompt)]])
+            sharing.setdefault(context, []).append(index)
+        prompts: list[list[int]] = []
+        sampling: list[Any] = []
+        places: dict[int, int] = {}
+        for context, indices in sharing.items():
+            if len(indices) > 1 and len(context) > 1:
+                prompts.append(list(context[:-1]))
+                sampling.append(SamplingParams(temperature=0, max_tokens=1, detokenize=False))
+            for index in indices:
+                places[index] = len(prompts)
+                prompts.append(requests[index])
+                sampling.append(_scoring(skip_cache=False))
+        outputs = super()._model_generate(prompts, True, sampling)
+        return [outputs[places[index]] for index in range(len(requests))]
+
+
+def _scoring(*, skip_cache: bool) -> SamplingParams:
+    return SamplingParams(
+        temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False, skip_reading_prefix_cache=skip_cache
+    )
