@@ -76,6 +76,9 @@ def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolE
                 decide(shard, row)
             else:
                 submit(shard, row, prompt, 0)
+        if decided > told:
+            told = decided
+            report(decided / total, f"{decided} of {total} rows, {accepted} rewrites accepted")
         if running:
             rewritten = [(*running.pop(output.request_id), output.outputs[0]) for output in engine.step()]
             if rewritten:
@@ -91,9 +94,6 @@ def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolE
                     decide(shard, row)
                 else:
                     submit(shard, row, prompt, attempt + 1)
-        if decided > told:
-            told = decided
-            report(decided / total, f"{decided} of {total} rows, {accepted} rewrites accepted")
 
 
 class _Shard:
