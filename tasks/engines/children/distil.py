@@ -34,16 +34,16 @@ def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
     """
     lines = json_lines(Path(request["rows"]))
     shards = [_Shard(name, [json.loads(line) for line in lines[first:end]]) for name, first, end in request["shards"]]
-    # Processes beside it make prompts and judge: on a GPU a millisecond a row is a good part of the engine's loop.
-    with ProcessPoolExecutor(2, get_context("spawn"), die_with_parent) as beside:
+    # A process beside it makes prompts and judges: on a GPU a millisecond a row is a good part of the engine's loop.
+    with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent) as beside:
         _rewrite(request, shards, beside, report)
 
 
 def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolExecutor, report: Report) -> None:
-    from vllm import LLM  # not for the processes beside, which import this module too
-
     waiting = _prompted(request, shards, beside)
     beside.submit(_verdicts, [("1", "#### 1", "", "math", True, Rule(0, 1))])  # brings its libraries meanwhile
+    from vllm import LLM  # takes seconds, and not for the process beside, which imports this module too
+
     llm = LLM(model=request["checkpoint"], **vllm_options(request))
     engine = llm.llm_engine
     # Rows enter as others leave: a shard's second attempts do not queue behind the first attempts of all rows.
