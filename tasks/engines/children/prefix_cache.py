@@ -78,16 +78,17 @@ class PrefixCachedVLLM(VLLM):
             context = tuple(prompt[: -self._continuations[tuple(prompt)]])
             sharing.setdefault(context, []).append(index)
         prompts: list[list[int]] = []
-        sampling: list[Any] = []
+        sampling: list[SamplingParams] = []
         places: dict[int, int] = {}
+        scoring, reading = _scoring(skip_cache=False), SamplingParams(temperature=0, max_tokens=1, detokenize=False)
         for context, indices in sharing.items():
             if len(indices) > 1 and len(context) > 1:
                 prompts.append(list(context[:-1]))
-                sampling.append(SamplingParams(temperature=0, max_tokens=1, detokenize=False))
+                sampling.append(reading)
             for index in indices:
                 places[index] = len(prompts)
                 prompts.append(requests[index])
-                sampling.append(_scoring(skip_cache=False))
+                sampling.append(scoring)
         outputs = super()._model_generate(prompts, True, sampling)
         return [outputs[places[index]] for index in range(len(requests))]
 
