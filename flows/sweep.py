@@ -18,15 +18,24 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from prefect import flow, runtime, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from deployments.local import environment
 from flows.recover import check, recover
+from tasks.algorithms.recovery import Scores, average
 from tasks.domain.errors import PipelineError
+from tasks.domain.leaderboard import LEADERBOARD
 from tasks.domain.recipe import Preset, load_preset
+from tasks.evaluate import item_scores
+from tasks.materialise import folder_of
 from tasks.placement import RAY, ray_cluster
+from tasks.report import compare_arms
+
+Point = tuple[int, int, int | None]  # blocks, seed, rows of each source
+Report = dict[str, Any]  # report.json and its folder
 
 MEASURES = ("average", "recovered_percent", "chance_corrected_percent", "lambada", "perplexity", "kl_to_unpruned")
 
@@ -35,7 +44,7 @@ MEASURES = ("average", "recovered_percent", "chance_corrected_percent", "lambada
 def sweep(
     preset: Preset, blocks: Sequence[int], seeds: Sequence[int] = (0,), rows: Sequence[int | None] = (None,)
 ) -> str:
-    """Run every point and compare them; returns the folder of comparison.csv.
+    """Run every point and compare them; returns the folder of comparison.csv and arms.csv.
 
     blocks: numbers n of blocks to remove. seeds: of the fine-tuning. rows: of each source; None as in the preset.
     """
@@ -45,24 +54,27 @@ def sweep(
     if preset.runtime.engines_on == RAY:
         with ray_cluster(num_cpus=0) as cluster:  # a point waits for its stages, which need the processors
             run = task(run_point, cache_policy=NO_CACHE, persist_result=False)
-            futures = [cluster.submit(run, {"point": point, "preset": each}) for point, each in points]
-            lines = [line for future in futures for line in future.result()]
+            futures = [cluster.submit(run, {"preset": each}) for _, each in points]
+            reports = [future.result() for future in futures]
     else:
-        lines = [line for point, each in points for line in run_point(point, each)]
-    create_table_artifact(lines, key="comparison", description=f"{len(points)} runs of {preset.name}")
+        reports = [run_point(each) for _, each in points]
+    found = [(point, report) for (point, _), report in zip(points, reports, strict=True)]
     run_id = str(runtime.flow_run.id)
     folder = Path(os.environ.get("SDD_STATE", ".local"), "reports", f"sweep-{preset.name}-{run_id[:8]}").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "comparison.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0].keys())
-        writer.writeheader()
-        writer.writerows(lines)
+    for name, lines in (("comparison", list(compared(found))), ("arms", list(arms(found)))):
+        create_table_artifact(lines, key=name, description=f"{len(points)} runs of {preset.name}")
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, lines[0].keys())
+            writer.writeheader()
+            writer.writerows(lines)
     return str(folder)
 
 
-def run_point(point: tuple[int, int, int | None], preset: Preset) -> list[dict[str, Any]]:
-    """The lines of one point. No task itself: a Ray worker imports a function, but would get a copy of the flow."""
-    return list(compared(point, Path(recover(preset))))
+def run_point(preset: Preset) -> Report:
+    """The report of one point. No task itself: a Ray worker imports a function, but would get a copy of the flow."""
+    folder = Path(recover(preset))
+    return {**json.loads((folder / "report.json").read_text()), "folder": str(folder)}
 
 
 def changed(preset: Preset, blocks: int, seed: int, rows: int | None) -> Preset:
@@ -76,16 +88,41 @@ def changed(preset: Preset, blocks: int, seed: int, rows: int | None) -> Preset:
     return Preset.model_validate(tree)
 
 
-def compared(point: tuple[int, int, int | None], folder: Path) -> Iterator[dict[str, Any]]:
-    """One line a model of a run's report."""
-    report = json.loads((folder / "report.json").read_text())
-    for model in report["models"]:
-        low, high = model["interval"] or (None, None)
+def compared(found: Sequence[tuple[Point, Report]]) -> Iterator[dict[str, Any]]:
+    """One line a model of every run's report."""
+    for (blocks, seed, _), report in found:
+        for model in report["models"]:
+            low, high = model["interval"] or (None, None)
+            yield {
+                "blocks": blocks, "seed": seed, "rows": report["dataset"]["rows"], "model": model["role"],
+                **{name: model[name] for name in MEASURES}, "interval_low": low, "interval_high": high,
+                "report": report["folder"],
+            }  # fmt: skip
+
+
+def arms(found: Sequence[tuple[Point, Report]]) -> Iterator[dict[str, Any]]:
+    """Whether SDD beats SFT: a line for each number of blocks and rows, every item's score averaged over the seeds."""
+    groups: dict[tuple[int, int], list[Report]] = {}
+    for (blocks, _, _), report in found:
+        groups.setdefault((blocks, report["dataset"]["rows"]), []).append(report)
+    for (blocks, rows), reports in groups.items():
+        sdd, sft = mean_items("sdd", reports), mean_items("sft", reports)
+        gap = compare_arms(sdd, sft)
+        low, high = gap["interval"]
         yield {
-            "blocks": point[0], "seed": point[1], "rows": report["dataset"]["rows"], "model": model["role"],
-            **{name: model[name] for name in MEASURES}, "interval_low": low, "interval_high": high,
-            "report": str(folder),
+            "blocks": blocks, "rows": rows, "seeds": len(reports), "sft": average(sft), "sdd": average(sdd),
+            "difference": gap["value"], "interval_low": low, "interval_high": high, "statement": gap["statement"],
         }  # fmt: skip
+
+
+def mean_items(arm: str, reports: Sequence[Report]) -> Scores:
+    """Each item's score, averaged over runs that were scored on the same items."""
+    runs = [{stage["name"]: stage for stage in report["stages"]} for report in reports]
+    tasks = [task for task in LEADERBOARD if f"evaluate {arm} {task}" in runs[0]]
+    return {
+        task: np.mean([item_scores(task, folder_of(stages[f"evaluate {arm} {task}"])) for stages in runs], axis=0)
+        for task in tasks
+    }
 
 
 def main() -> int:

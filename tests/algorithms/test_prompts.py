@@ -70,7 +70,7 @@ def test_without_a_template_the_tokenizer_adds_its_own_start_token(plain: Any) -
 def test_training_continues_the_generation_prompt(kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
     prompt = prompt_ids(tokenizer, TALK)
-    ids, length = training_ids(tokenizer, TALK, ANSWER)
+    ids, length = training_ids(tokenizer, [TALK], [ANSWER])[0]
     assert length == len(prompt) and ids[:length] == prompt
     answer = tokenizer.encode(ANSWER, add_special_tokens=False)
     assert ids[length:] == [*answer, tokenizer.eos_token_id]
@@ -82,12 +82,12 @@ def test_training_continues_the_generation_prompt(kind: str, request: pytest.Fix
 def test_no_end_token_where_the_tokenizer_has_none(starting: Any) -> None:
     tokenizer = tokenizer_that_adds_its_start_token(WITH_START)
     tokenizer.eos_token = None
-    ids, length = training_ids(tokenizer, TALK, ANSWER)
+    ids, length = training_ids(tokenizer, [TALK], [ANSWER])[0]
     assert ids[length:] == tokenizer.encode(ANSWER, add_special_tokens=False)
 
 
 def test_an_empty_answer_trains_the_end_alone(starting: Any) -> None:
-    ids, length = training_ids(starting, TALK, "")
+    ids, length = training_ids(starting, [TALK], [""])[0]
     assert ids[length:] == [starting.eos_token_id]
 
 
@@ -97,7 +97,7 @@ def test_the_pico_checkpoint_renders_as_written_by_hand(pico: Any) -> None:
         "<|start|>user\nWhat is 2 plus 2?<|end|>\n<|start|>assistant\nIt is 4.<|end|>\n"
         "<|start|>user\nAnd 3 plus 3?<|end|>\n<|start|>assistant\n"
     )
-    ids, length = training_ids(tokenizer, TALK, "6")
+    ids, length = training_ids(tokenizer, [TALK], ["6"])[0]
     assert ids[:length] == tokenizer.encode(by_hand, add_special_tokens=False)
     whole = tokenizer.apply_chat_template([*TALK, {"role": "assistant", "content": "6"}], tokenize=False)
     assert ids == tokenizer.encode(whole.rstrip("\n"), add_special_tokens=False), "training text is the full rendering"

@@ -341,10 +341,11 @@ def finetune(folder: Path, model: Path) -> None:
     size = TRAINED[device()]
     settings = Finetune(dtype="bfloat16" if gpus() else "float32", batch=TRL_BATCH, max_length=TRL_LENGTH)
     tokenizer = AutoTokenizer.from_pretrained(model)
+    candidates = benchmark_rows(2 * size["rows"])
+    prompts, references = ([row[name] for row in candidates] for name in ("prompt", "reference"))
     rows: list[dict[str, Any]] = []
     answers = 0
-    for row in benchmark_rows(2 * size["rows"]):
-        ids, start = training_ids(tokenizer, row["prompt"], row["reference"])
+    for row, (ids, start) in zip(candidates, training_ids(tokenizer, prompts, references), strict=True):
         if len(ids) <= TRL_LENGTH and len(rows) < size["rows"]:
             rows.append({**row, "answer": row["reference"], "outcome": "accepted"})
             answers += len(ids) - start

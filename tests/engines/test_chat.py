@@ -155,14 +155,14 @@ def test_generation_training_and_evaluation_read_the_same_ids(
     left = {"vllm": [*fed["evaluation"]], "hf": [*hf[1]]}
     for messages, answers in choice_prompts():
         for answer in answers:
-            ids, length = training_ids(tokenizer, messages, answer)
+            ids, length = training_ids(tokenizer, [messages], [answer])[0]
             assert ids[:length] in fed["generation"]
             assert ids[:length].count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
             left["vllm"].remove(ids[:-1])  # all but the end of the turn, which the harness does not score
             left["hf"].remove(ids[:-2])  # nor is the last scored token read
         left["vllm"].remove(ids[: length - 1])  # what the choices share goes into the cache before them
     for possible in worked_prompts():
-        prompts = [training_ids(tokenizer, messages, "")[0][:-1] for messages in possible]
+        prompts = [training_ids(tokenizer, [messages], [""])[0][0][:-1] for messages in possible]
         for name, backend in left.items():
             asked = [ids for ids in backend if ids in prompts]
             assert len(asked) == 1 and asked[0] in fed["generation"], name
@@ -197,7 +197,7 @@ def test_no_start_token_where_the_template_has_none(pico: Path, tmp_path: Path) 
     model = checkpoint(pico, tmp_path / "model", WITH_START.removeprefix("{{ bos_token }}"))
     harness = type("Chat", (ChatPrompts, HFLM), {})(pretrained=str(model), device="cpu", dtype="float32", batch_size=1)
     (messages, (answer, *_)), *_ = choice_prompts()
-    ids, length = training_ids(harness.tokenizer, messages, answer)
+    ids, length = training_ids(harness.tokenizer, [messages], [answer])[0]
     assert harness.tokenizer.bos_token_id not in ids
     text = harness.apply_chat_template(messages)
     assert harness.tok_encode(text) == harness.tok_batch_encode([text])[0][0].tolist() == ids[:length]

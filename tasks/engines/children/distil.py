@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.algorithms.math_answers import CALCULATOR_MARK, FINAL_ANSWER
-from tasks.algorithms.prompts import Message, prompt_ids
+from tasks.algorithms.prompts import Message, prompts_ids
 from tasks.algorithms.rewrites import Rule, rejection
 from tasks.domain.stage import json_lines
 from tasks.engines.child import die_with_parent
@@ -131,7 +131,7 @@ def _prompted(
 
 def _prompts(checkpoint: str, rows: list[Row], template: list[Message]) -> list[list[int]]:
     tokenizer = _tokenizer(checkpoint)
-    return [prompt_ids(tokenizer, _rewrite_request(row, template)) for row in rows]
+    return prompts_ids(tokenizer, [_rewrite_request(row, template) for row in rows])
 
 
 @lru_cache(maxsize=1)

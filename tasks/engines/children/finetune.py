@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -35,6 +36,8 @@ COMPILED_FROM = 1000  # passes; compiling takes a GPU one to two minutes, and th
 
 # On Hopper its backward pass gives NaN for masked sequences of 128 k + 64 tokens (pytorch/pytorch#196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
+# Else Inductor builds and loads a trial for each vector extension of the CPU, half a minute, for code of the GPU.
+inductor.cpp.vec_isa_ok = True
 
 
 def finetune(request: dict[str, Any], out: Path, report: Report) -> None:
@@ -93,17 +96,17 @@ def read_examples(request: dict[str, Any], tokenizer: Any) -> Examples:
     """
     found = Examples(epochs=request["epochs"])
     fields = ("answer", "reference")
+    lines = [json.loads(line) for line in json_lines(Path(request["rows"]))]
+    usable = [row for row in lines if row["outcome"] != "failed"]
+    found.counts["failed"] = len(lines) - len(usable)
+    prompts = [row["prompt"] for row in usable]
+    by_field = [training_ids(tokenizer, prompts, [row[name] for row in usable]) for name in fields]
     rows: list[tuple[str, dict[str, tuple[list[int], int]]]] = []
-    for line in json_lines(Path(request["rows"])):
-        row = json.loads(line)
-        if row["outcome"] == "failed":
-            found.counts["failed"] += 1
-            continue
-        arms = {name: training_ids(tokenizer, row["prompt"], row[name]) for name in fields}
-        if max(len(ids) for ids, _ in arms.values()) > request["max_length"]:
+    for row, *both in zip(usable, *by_field, strict=True):
+        if max(len(ids) for ids, _ in both) > request["max_length"]:
             found.counts["too_long"] += 1
-            continue
-        rows.append((row["id"], arms))
+        else:
+            rows.append((row["id"], dict(zip(fields, both, strict=True))))
     judging = _validation_ids([name for name, _ in rows], request["validation"], request["seed"])
     answer_tokens = dict.fromkeys(fields, 0)
     for name, arms in rows:
@@ -169,7 +172,8 @@ class _Training:
             self._load()
         passes = (self.steps - self.step) * math.ceil(request["batch"] / request["runtime"]["micro_batch"])
         if self.device == "cuda" and ranks.count() == 1 and passes > COMPILED_FROM:
-            for block in decoder_blocks(model, model.config.get_text_config().num_hidden_layers):
+            _, *alike = decoder_blocks(model, model.config.get_text_config().num_hidden_layers)
+            for block in alike:  # the first, whose input bears no gradient, would take as long as all others together
                 block.compile(dynamic=True)
 
     def run(self, report: Report) -> None:

@@ -7,7 +7,6 @@ harness only looks at the continuation's, so the context may come from the cache
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from lm_eval.models.vllm_causallms import VLLM
@@ -33,7 +32,6 @@ class PrefixCachedVLLM(VLLM):
         pairs = [request.args for request in requests]
         texts = {text for context, continuation in pairs for text in (context + continuation, context.rstrip())}
         ordered = sorted(texts - {""})
-        os.environ["TOKENIZERS_PARALLELISM"] = "true"
         self._encoded = dict(zip(ordered, super().tok_encode(ordered), strict=True))
         try:
             return super().loglikelihood(requests, disable_tqdm)
