@@ -14,11 +14,13 @@ MATPLOTLIB := 3.11.2
 setup: $(VENV)/.ready-$(EXTRA)
 
 # torch's CPU build comes from PIP_FIND_LINKS where a machine sets it, else from PyTorch's own index.
+# Every engine is a process that imports torch and more: from bytecode in a third of the time, and some settings keep
+# Python from writing it.
 $(VENV)/.ready-$(EXTRA): requirements-$(EXTRA).lock
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Python 3.11 or 3.12 is needed, this is {v}; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==$(UV)
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python \
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python \
 		$(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)",$(if $(filter cpu,$(EXTRA)),--torch-backend cpu)) $<
 	rm -f $(VENV)/.ready-* && touch $@
 

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,14 +19,14 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tasks.domain import errors
 from tasks.domain.recipe import Runtime
+from tasks.engines.gpus import least_used, visible_gpus
 
 Progress = Callable[[float, str], None]  # share done in 0..1, and a few words
 
@@ -37,8 +36,7 @@ SECRETS = ("AWS_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PR_SET_PDEATHSIG = 1
 
 _short_of_memory: Counter[str] = Counter()  # children that ran out of it in this process, and how often
-_running: dict[subprocess.Popen[bytes], tuple[str, ...]] = {}  # child -> the GPUs that it alone sees
-_starting = threading.Lock()
+_running: set[subprocess.Popen[bytes]] = set()
 _stopping = threading.Event()
 
 
@@ -54,8 +52,7 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
     with tempfile.TemporaryDirectory(prefix=f"sdd-{name}-") as scratch:
         request_file, log = Path(scratch, "request.json"), Path(scratch, "log.txt")
         request_file.write_text(json.dumps({**request, "out": str(out), "runtime": runtime.model_dump()}))
-        with log.open("wb") as output, _starting:
-            gpus = _gpus_for(name, runtime)
+        with _gpus_for(name, runtime) as gpus, log.open("wb") as output:
             reader, writer = os.pipe()
             process = subprocess.Popen(
                 [sys.executable, "-m", f"tasks.engines.children.{name}", str(request_file), str(writer)],
@@ -63,12 +60,12 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
                 env=_environment(runtime) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
                 start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
-            _running[process] = gpus
-        os.close(writer)
-        follower = _Follower(reader, progress)
-        limit, minutes = runtime.limit_of(name)
-        with _group_ended(process), _deadline(process, minutes * 60) as expired:
-            status = follower.until_end_of(process)
+            _running.add(process)
+            os.close(writer)
+            follower = _Follower(reader, progress)
+            limit, minutes = runtime.limit_of(name)
+            with _group_ended(process), _deadline(process, minutes * 60) as expired:
+                status = follower.until_end_of(process)
         failure = follower.failure
         refuse_while_stopping(name)
         if failure:
@@ -157,7 +154,7 @@ def _group_ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     try:
         yield
     finally:
-        _running.pop(process, None)
+        _running.discard(process)
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(process.pid, number)
@@ -206,27 +203,15 @@ def _environment(runtime: Runtime) -> dict[str, str]:
     }
 
 
-@lru_cache(maxsize=1)
-def _gpus() -> tuple[str, ...]:
-    """What CUDA_VISIBLE_DEVICES lists, else the driver's numbers of all GPUs; without torch, which takes seconds."""
-    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return tuple(filter(None, listed.split(",")))
-    if not shutil.which("nvidia-smi"):
-        return ()
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return tuple(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
-
-
-def _gpus_for(name: str, runtime: Runtime) -> tuple[str, ...]:
+def _gpus_for(name: str, runtime: Runtime) -> AbstractContextManager[tuple[str, ...]]:
     """The least used GPUs, one for each process of the child; none on CPU."""
-    gpus = _gpus() if runtime.device != "cpu" else ()
+    gpus = visible_gpus() if runtime.device != "cpu" else ()
     count = runtime.finetune_processes if name == "finetune" else 1
     if count > max(1, len(gpus)) and (gpus or runtime.device == "cuda"):
         raise errors.ConfigError(
             f"runtime.finetune_processes={count}: each needs a GPU of its own, and here are {len(gpus)}; lower it"
         )
-    used = Counter(gpu for held in _running.values() for gpu in held)
-    return tuple(sorted(gpus, key=used.__getitem__)[:count])
+    return least_used(gpus, count) if gpus else nullcontext(())
 
 
 def _is_installed(distribution: str) -> bool:

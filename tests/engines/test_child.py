@@ -7,6 +7,8 @@ import os
 import select
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from tasks.domain.errors import ConfigError, DataError, EngineError, GateError, ModelUnsupported, PipelineError
 from tasks.domain.recipe import Finetune, Runtime
 from tasks.domain.span import Span
-from tasks.engines.child import _environment, _gpus, _gpus_for, run_child
+from tasks.engines.child import _environment, _gpus_for, run_child
 from tasks.engines.children.border import vllm_options
 from tasks.engines.children.finetune import IGNORED, _Training, answer_loss, answer_tokens_of, finetune, read_examples
 from tasks.engines.children.merge import merge
 from tasks.engines.children.packing import packed
 from tasks.engines.children.verify import verify
+from tasks.engines.gpus import least_used, visible_gpus
 from tasks.prune import cut
 from tests.conftest import build_pico, descendants, pocket_pairs, write_jsonl
 
@@ -104,15 +107,16 @@ def test_credentials_do_not_reach_a_child(at_start: Callable[[str], Path], monke
 
 
 @pytest.fixture
-def machine_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Set the GPUs that this process may use."""
+def machine_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Set the GPUs that this process may use, and that no other process does."""
+    monkeypatch.setattr("tasks.engines.gpus.USES", tmp_path / "uses")
 
     def show(gpus: str) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-        _gpus.cache_clear()
+        visible_gpus.cache_clear()
 
     yield show
-    _gpus.cache_clear()
+    visible_gpus.cache_clear()
 
 
 def test_children_side_by_side_have_a_gpu_each(
@@ -165,8 +169,38 @@ def test_more_processes_than_gpus_are_refused_unless_they_run_on_cpu(
         with pytest.raises(ConfigError, match=r"runtime\.finetune_processes=2: .* here are [01]; lower it"):
             _gpus_for("finetune", runtime)
     else:
-        assert _gpus_for("finetune", runtime) == given
-    assert len(_gpus_for("score", runtime)) <= 1
+        with _gpus_for("finetune", runtime) as chosen:
+            assert chosen == given
+    with _gpus_for("score", runtime) as chosen:
+        assert len(chosen) <= 1
+
+
+def test_runs_in_processes_of_their_own_take_the_gpus_that_others_leave(tmp_path: Path) -> None:
+    """One run holds a GPU and is killed with -9."""
+    hold = (
+        "import sys, pathlib, tasks.engines.gpus as g; g.USES = pathlib.Path(sys.argv[1])\n"
+        "with g.least_used(('4', 'GPU-a/7'), 1) as held: print(*held, flush=True); sys.stdin.readline()"
+    )
+    uses = tmp_path / "uses"
+    first, second = (
+        subprocess.Popen([sys.executable, "-c", hold, str(uses)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    )
+    try:
+        told = [process.stdout.readline().decode().strip() for process in (first, second) if process.stdout]
+        assert sorted(told) == ["4", "GPU-a/7"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tasks.engines.gpus.USES", uses)
+            with least_used(("4", "GPU-a/7"), 2) as both:
+                assert sorted(both) == sorted(told), "a GPU that is used is shared where there is no other"
+            second.kill()
+            second.wait()
+            with least_used(("4", "GPU-a/7"), 1) as free:
+                assert free == (told[1],)
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
 
 
 def test_the_environment_of_a_child_follows_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,20 +53,21 @@ def test_a_killed_training_goes_on_to_the_same_bytes(pico: Path, rows: Path, tmp
         "epochs": 3.0, "dropout": 0.1, "validation": 0.2, "warmup_ratio": 0.2, "commit_seconds": -1,  # after every step
     }  # fmt: skip
     run_child("finetune", finetune_request(pico, rows, **settings), tmp_path / "whole", RUNTIME, quiet)
-    request, steps = finetune_request(pico, rows, **settings), list[str]()
+    request, texts = finetune_request(pico, rows, **settings), list[str]()
 
     def kill_at_seven(_done: float, text: str) -> None:
-        steps.append(text)
-        if len(steps) == 7:
+        if text.startswith("step 7 "):
             (pid,) = children_running("finetune")
             os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(EngineError, match="ended by SIGKILL"):
         run_child("finetune", request, tmp_path / "killed", RUNTIME, kill_at_seven)
     assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
-    steps.clear()
-    run_child("finetune", request, tmp_path / "resumed", RUNTIME, lambda _done, text: steps.append(text))
-    assert int(steps[0].split()[1]) >= 8, "what was committed is not repeated"
+    run_child("finetune", request, tmp_path / "resumed", RUNTIME, lambda _done, text: texts.append(text))
+    steps = [int(text.split()[1]) for text in texts if text.startswith("step ")]
+    assert steps[0] >= 8, "what was committed is not repeated"
+    assert [text.split(",")[0] for text in texts[:2]] == ["16 rows read", "the model is loaded"]
+    assert texts[1].startswith(f"the model is loaded, step {steps[0] - 1} of ")
     assert any("validation_loss" in entry for entry in outcome(tmp_path / "whole")[0])
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
@@ -194,7 +195,8 @@ def test_two_processes_train_what_one_does(pico: Path, rows: Path, tmp_path: Pat
     texts: list[str] = []
     finetune(request_on(ALONE, pico, rows, one, method=method), one, quiet)
     finetune(request_on(SHARED, pico, rows, two, method=method), two, lambda _done, text: texts.append(text))
-    assert [text.split(",")[0] for text in texts] == [f"step {step} of 8" for step in range(1, 9)]
+    steps = [f"step {step} of 8" for step in range(1, 9)]
+    assert [text.split(",")[0] for text in texts] == ["16 rows read", "the model is loaded", *steps]
     check_equal_but_for_rounding(one, two)
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     name = "config.json" if method == "full" else "adapter_config.json"
@@ -217,9 +219,10 @@ def test_a_training_goes_on_under_another_number_of_processes(pico: Path, rows: 
 
     def stop_at(last: int) -> Callable[[float, str], None]:
         def stop(_done: float, text: str) -> None:
-            seen.append(int(text.split()[1]))
-            if seen[-1] == last:
-                raise Stopped
+            if text.startswith("step "):
+                seen.append(int(text.split()[1]))
+                if seen[-1] == last:
+                    raise Stopped
 
         return stop
 

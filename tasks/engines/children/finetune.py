@@ -59,6 +59,7 @@ def finetune(request: dict[str, Any], out: Path, report: Report) -> None:
 def train(request: dict[str, Any], out: Path, report: Report) -> None:
     """The whole of it, or one rank's share."""
     examples = read_examples(request, AutoTokenizer.from_pretrained(request["checkpoint"]))
+    report(0.0, f"{examples.counts['rows']} rows read")
     rates = request["learning_rate"] if isinstance(request["learning_rate"], list) else [request["learning_rate"]]
     best: _Training | None = None
     for rate in rates:
@@ -177,6 +178,7 @@ class _Training:
                 block.compile(dynamic=True)
 
     def run(self, report: Report) -> None:
+        report(self.step / self.steps, f"the model is loaded, step {self.step} of {self.steps}")
         committed = time.monotonic()
         while self.step < self.steps:
             loss = self._optimize(self._batch(self.step))
