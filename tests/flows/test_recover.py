@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -128,25 +127,6 @@ def task_states(flow_run_id: str) -> dict[str, str]:
     with get_client(sync_client=True) as client:
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
     return {run.name: run.state_name or "" for run in runs}
-
-
-def test_a_sweep_compares_the_arms_over_its_seeds(first: dict[str, Any], preset: str) -> None:
-    command = [sys.executable, "-m", "flows.sweep", preset, "--blocks", "2", "--seeds", "0", "7"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = Path(done.stdout.strip().splitlines()[-1].removeprefix("comparison: "))
-    lines = list(csv.DictReader((folder / "comparison.csv").open()))
-    assert [(line["seed"], line["model"]) for line in lines] == [
-        (seed, role) for seed in "07" for role in ("unpruned", "pruned", "sft", "sdd")
-    ]
-    assert float(lines[3]["average"]) == pytest.approx(first["models"][3]["average"])
-    (arms,) = csv.DictReader((folder / "arms.csv").open())
-    assert (arms["blocks"], arms["rows"], arms["seeds"]) == ("2", "12", "2")
-    for arm, places in {"sft": (2, 6), "sdd": (3, 7)}.items():
-        assert float(arms[arm]) == pytest.approx(sum(float(lines[place]["average"]) for place in places) / 2)
-    gap = float(arms["sdd"]) - float(arms["sft"])
-    assert float(arms["difference"]) == pytest.approx(gap)
-    assert float(arms["interval_low"]) <= gap <= float(arms["interval_high"])
 
 
 def test_run_page_has_names_links_progress_and_tables(first: dict[str, Any]) -> None:
