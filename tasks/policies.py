@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from tasks.domain.errors import PipelineError
 from tasks.engines.child import is_stopping, refuse_while_stopping
+from tasks.engines.gpus import locked
 
 # A slot is a file that its holder has locked; the kernel frees those of a killed process at once.
 SLOTS = Path(tempfile.gettempdir(), f"sdd-engine-slots-{os.getuid()}")
@@ -51,7 +51,7 @@ def engine_slots(engines: int, least: int = 1, most: int = 0) -> Iterator[int]:
 
 def _collect(held: ExitStack, engines: int, least: int, most: int) -> int:
     """One run at a time collects, else two that need several would wait for each other's."""
-    while not (queue := _locked("queue")):
+    while not (queue := locked(SLOTS / "queue")):
         if not least:
             return 0
         _pause()
@@ -59,23 +59,12 @@ def _collect(held: ExitStack, engines: int, least: int, most: int) -> int:
     with queue:
         while True:
             for number in range(engines):
-                if count < most and (slot := _locked(str(number))):
+                if count < most and (slot := locked(SLOTS / str(number))):
                     held.enter_context(slot)
                     count += 1
             if count >= least:
                 return count
             _pause()
-
-
-def _locked(name: str) -> TextIO | None:
-    """The file, locked until it is closed; None while somebody else has it."""
-    file = (SLOTS / name).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
 
 
 def _pause() -> None:

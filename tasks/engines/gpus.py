@@ -39,7 +39,7 @@ def least_used(gpus: tuple[str, ...], count: int) -> Iterator[tuple[str, ...]]:
             fcntl.flock(turn, fcntl.LOCK_EX)
             chosen = tuple(sorted(gpus, key=_uses)[:count])
             for gpu in chosen:
-                used.enter_context(next(filter(None, (_locked(gpu, number) for number in itertools.count()))))
+                used.enter_context(next(filter(None, (locked(_file(gpu, number)) for number in itertools.count()))))
         yield chosen
 
 
@@ -47,23 +47,23 @@ def _uses(gpu: str) -> int:
     """How many processes use it, looking at the files that there are."""
     found = 0
     for number in itertools.takewhile(lambda number: _file(gpu, number).exists(), itertools.count()):
-        if file := _locked(gpu, number):
+        if file := locked(_file(gpu, number)):
             file.close()
         else:
             found += 1
     return found
 
 
-def _locked(gpu: str, number: int) -> TextIO | None:
+def _file(gpu: str, number: int) -> Path:
+    return USES / f"{quote(gpu, safe='')}.{number}"
+
+
+def locked(path: Path) -> TextIO | None:
     """The file, locked until it is closed; None while somebody else has it."""
-    file = _file(gpu, number).open("w")
+    file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
     return file
-
-
-def _file(gpu: str, number: int) -> Path:
-    return USES / f"{quote(gpu, safe='')}.{number}"

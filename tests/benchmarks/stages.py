@@ -303,7 +303,7 @@ def generate_at_once(request: dict[str, Any], rows: list[dict[str, Any]]) -> dic
     """All prompts of the stage, with its sampling and without seeds for each row, as a script would send them."""
     from vllm import LLM, SamplingParams
 
-    from tasks.algorithms.prompts import prompt_ids
+    from tasks.algorithms.prompts import prompts_ids
     from tasks.engines.children.border import vllm_options
     from tasks.engines.children.distil import _rewrite_request, _sampling
 
@@ -312,7 +312,8 @@ def generate_at_once(request: dict[str, Any], rows: list[dict[str, Any]]) -> dic
 
     def run(sampling: Callable[[str], Any]) -> tuple[float, int]:
         started = time.monotonic()
-        prompts = {row["id"]: prompt_ids(tokenizer, _rewrite_request(row, request["messages"])) for row in rows}
+        asked = prompts_ids(tokenizer, [_rewrite_request(row, request["messages"]) for row in rows])
+        prompts = {row["id"]: ids for row, ids in zip(rows, asked, strict=True)}
         longest = request["max_length"] - request["max_tokens"]  # the stage leaves longer ones out too
         prompts = {name: ids for name, ids in prompts.items() if len(ids) <= longest}
         outputs = llm.generate(
