@@ -218,7 +218,6 @@ def generate(folder: Path, model: Path) -> None:
             print(f"  ours {alone[-1]} s, LLM.generate {theirs[-1]}", flush=True)
         samples |= {
             "ours": alone, "theirs": [one["seconds"] for one in theirs],
-            "theirs, without seeds": [one["seconds without seeds"] for one in theirs],
             "tokens_per_second": {
                 "ours": [round(one["tokens"] / own) for own, one in zip(alone, theirs, strict=True)],
                 "theirs": [round(one["tokens"] / one["seconds"]) for one in theirs],
@@ -300,8 +299,8 @@ class _Rewriting:
 
 
 def generate_at_once(request: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
-    """All prompts of the stage, with its sampling and without seeds for each row, as a script would send them."""
-    from vllm import LLM, SamplingParams
+    """All prompts of the stage with its sampling, as a script would send them."""
+    from vllm import LLM
 
     from tasks.algorithms.prompts import prompts_ids
     from tasks.engines.children.border import vllm_options
@@ -310,24 +309,17 @@ def generate_at_once(request: dict[str, Any], rows: list[dict[str, Any]]) -> dic
     llm = LLM(model=request["checkpoint"], **vllm_options(request))
     tokenizer = llm.get_tokenizer()
 
-    def run(sampling: Callable[[str], Any]) -> tuple[float, int]:
-        started = time.monotonic()
-        asked = prompts_ids(tokenizer, [_rewrite_request(row, request["messages"]) for row in rows])
-        prompts = {row["id"]: ids for row, ids in zip(rows, asked, strict=True)}
-        longest = request["max_length"] - request["max_tokens"]  # the stage leaves longer ones out too
-        prompts = {name: ids for name, ids in prompts.items() if len(ids) <= longest}
-        outputs = llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts.values()], [sampling(name) for name in prompts],
-            use_tqdm=False,
-        )  # fmt: skip
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        return round(time.monotonic() - started, 2), tokens
-
-    seconds, tokens = run(lambda name: _sampling(request, name, 0))
-    llm.reset_prefix_cache()
-    fields = {name: request[name] for name in ("temperature", "top_p", "max_tokens")}
-    unseeded, _ = run(lambda _name: SamplingParams(**fields))
-    return {"seconds": seconds, "tokens": tokens, "seconds without seeds": unseeded}
+    started = time.monotonic()
+    asked = prompts_ids(tokenizer, [_rewrite_request(row, request["messages"]) for row in rows])
+    prompts = {row["id"]: ids for row, ids in zip(rows, asked, strict=True)}
+    longest = request["max_length"] - request["max_tokens"]  # the stage leaves longer ones out too
+    prompts = {name: ids for name, ids in prompts.items() if len(ids) <= longest}
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts.values()], [_sampling(request, name, 0) for name in prompts],
+        use_tqdm=False,
+    )  # fmt: skip
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return {"seconds": round(time.monotonic() - started, 2), "tokens": tokens}
 
 
 def finetune(folder: Path, model: Path) -> None:
