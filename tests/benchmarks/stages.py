@@ -42,7 +42,7 @@ TRL_BATCH, TRL_LENGTH = 8, 1024  # rows a step and longest row, TRL's defaults
 EVALUATED: dict[str, dict[str, Any]] = {
     "cpu": {"tasks": ["arc_challenge", "hellaswag", "truthfulqa_mc2"], "limit": 20, "rounds": 2},
     "cuda": {
-        "tasks": ["arc_challenge", "hellaswag", "truthfulqa_mc2", "mmlu", "winogrande", "gsm8k"], "limit": 100,
+        "tasks": ["arc_challenge", "hellaswag", "truthfulqa_mc2", "mmlu", "winogrande", "gsm8k"], "limit": 50,
         "rounds": 1,
     },
 }  # fmt: skip
