@@ -314,10 +314,10 @@ def generate_at_once(request: dict[str, Any], rows: list[dict[str, Any]]) -> dic
     prompts = {row["id"]: ids for row, ids in zip(rows, asked, strict=True)}
     longest = request["max_length"] - request["max_tokens"]  # the stage leaves longer ones out too
     prompts = {name: ids for name, ids in prompts.items() if len(ids) <= longest}
-    outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in prompts.values()], [_sampling(request, name, 0) for name in prompts],
-        use_tqdm=False,
-    )  # fmt: skip
+    sampling = [_sampling(request, name, 0) for name in prompts]
+    for each in sampling:
+        each.detokenize = True  # the stage reads its tokens in the process beside the engine
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts.values()], sampling, use_tqdm=False)
     tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     return {"seconds": round(time.monotonic() - started, 2), "tokens": tokens}
 

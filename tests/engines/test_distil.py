@@ -15,7 +15,7 @@ from tasks.domain.errors import ConfigError
 from tasks.domain.recipe import Distil, Runtime
 from tasks.engines.child import _environment, run_child
 from tasks.engines.children.distil import _answer
-from tests.conftest import ROOT, pocket_pairs
+from tests.conftest import ROOT, build_pico, pocket_pairs
 from tests.engines.test_child import ends, quiet
 
 RUNTIME = Runtime(device="cpu", kv_cache_gb=1, timeout_minutes=5)
@@ -67,8 +67,14 @@ def written(
 
 
 @pytest.fixture(scope="module")
-def whole(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    return written(pico, tmp_path_factory.mktemp("whole"), [("a", 0, 5), ("b", 5, 12)])
+def ending(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico model that ends its answers: at every fourth token, none of them a special one but the first."""
+    return build_pico(tmp_path_factory.mktemp("ending"), eos_token_id=list(range(1, 500, 4)))
+
+
+@pytest.fixture(scope="module")
+def whole(ending: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return written(ending, tmp_path_factory.mktemp("whole"), [("a", 0, 5), ("b", 5, 12)])
 
 
 def test_every_row_is_decided_in_its_shard_and_order(whole: dict[str, list[dict[str, Any]]]) -> None:
@@ -103,23 +109,29 @@ def test_a_length_beyond_the_models_is_a_wrong_setting(pico: Path, tmp_path: Pat
         written(pico, tmp_path, [("a", 0, 5)], SETTINGS.model_copy(update={"max_length": 2049}))
 
 
-def test_a_shard_alone_has_the_same_bytes(pico: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_a_shard_alone_has_the_same_bytes(ending: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     """What an interrupted run has left to do, or another worker does, does not depend on the rows beside it."""
-    alone = written(pico, tmp_path, [("b", 5, 12)])
+    alone = written(ending, tmp_path, [("b", 5, 12)])
     assert alone.keys() == {"b"}
     texts = [[(row["id"], row["rewrite"], row["outcome"]) for row in rows] for rows in (alone["b"], whole["b"])]
     assert texts[0] == texts[1]
 
 
-def test_log_probabilities_are_of_the_tokens_of_the_rewrite(pico: Path, whole: dict[str, list[dict[str, Any]]]) -> None:
+def test_rewrites_and_log_probabilities_are_of_the_tokens_generated(
+    ending: Path, whole: dict[str, list[dict[str, Any]]]
+) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(pico)
+    tokenizer = AutoTokenizer.from_pretrained(ending)
     accepted = [row for row in whole["a"] + whole["b"] if row["outcome"] == "accepted"]
+    assert len(accepted) > 3
     assert all(("logprobs" in row) == (row["outcome"] == "accepted") for row in whole["a"] + whole["b"])
     for row in accepted:
         tokens, top = row["logprobs"]["tokens"], row["logprobs"]["top"]
-        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == row["rewrite"]
+        assert tokens[-1] % 4 == 1 and all(token % 4 != 1 for token in tokens[:-1])
+        assert (
+            tokenizer.decode(tokens[:-1], skip_special_tokens=True).strip() == row["rewrite"]
+        )  # what ends it is no part of it
         for token, entries in zip(tokens, top, strict=True):
             assert token in [entry[0] for entry in entries] and len(entries) in (3, 4)
             assert all(entry[1] <= 0 for entry in entries)

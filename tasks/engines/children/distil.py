@@ -34,14 +34,14 @@ def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
     """
     lines = json_lines(Path(request["rows"]))
     shards = [_Shard(name, [json.loads(line) for line in lines[first:end]]) for name, first, end in request["shards"]]
-    # A process beside it makes prompts and judges: on a GPU a millisecond a row is a good part of the engine's loop.
+    # A process beside it makes prompts, reads and judges rewrites: on a GPU the engine's loop is short of time.
     with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent) as beside:
         _rewrite(request, shards, beside, report)
 
 
 def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolExecutor, report: Report) -> None:
     waiting = _prompted(request, shards, beside)
-    beside.submit(_verdicts, [("1", "#### 1", "", "math", True, Rule(0, 1))])  # brings its libraries meanwhile
+    beside.submit(rejection, "1", "#### 1", "", "math", True, Rule(0, 1))  # brings its libraries meanwhile
     from vllm import LLM  # takes seconds, and not for the process beside, which imports this module too
 
     llm = LLM(model=request["checkpoint"], **vllm_options(request))
@@ -50,7 +50,7 @@ def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolE
     window = 2 * engine.vllm_config.scheduler_config.max_num_seqs
     rule = Rule(request["min_length_ratio"], request["max_length_ratio"])
     running: dict[str, tuple[_Shard, Row, list[int], int]] = {}
-    judged: deque[tuple[list[Rewritten], Future[list[str | None]]]] = deque()
+    judged: deque[tuple[list[Rewritten], Future[list[tuple[str, str | None]]]]] = deque()
     total = sum(shard.undecided for shard in shards)
     decided = accepted = told = 0
     report(0.0, f"the model is loaded, {total} rows to rewrite")
@@ -83,13 +83,13 @@ def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolE
             rewritten = [(*running.pop(output.request_id), output.outputs[0]) for output in engine.step()]
             if rewritten:
                 cases = [_case(row, output, rule) for _, row, _, _, output in rewritten]
-                judged.append((rewritten, beside.submit(_verdicts, cases)))
+                judged.append((rewritten, beside.submit(_verdicts, request["checkpoint"], cases)))
         elif not judged:
             break
         while judged and (judged[0][1].done() or not running):
             rewritten, verdicts = judged.popleft()
-            for (shard, row, prompt, attempt, output), reason in zip(rewritten, verdicts.result(), strict=True):
-                _settle(row, output, reason, request)
+            for (shard, row, prompt, attempt, output), verdict in zip(rewritten, verdicts.result(), strict=True):
+                _settle(row, output, *verdict, request)
                 if row["outcome"] == "accepted" or attempt + 1 == request["attempts"]:
                     decide(shard, row)
                 else:
@@ -159,22 +159,28 @@ def _sampling(request: dict[str, Any], row_id: str, attempt: int) -> Any:
     return SamplingParams(
         temperature=request["temperature"], top_p=request["top_p"], max_tokens=request["max_tokens"],
         seed=int.from_bytes(digest[:4]), logprobs=request["top_logprobs"] or None,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False,
     )  # fmt: skip
 
 
 def _case(row: Row, output: Any, rule: Rule) -> tuple[Any, ...]:
-    """What decides about a rewrite, as `rejection` takes it."""
-    asked = row["prompt"][-1]["content"]
-    return output.text.strip(), row["reference"], asked, row["kind"], output.finish_reason == "stop", rule
+    """What decides about a rewrite: its tokens, and the rest as `rejection` takes it."""
+    finished = output.finish_reason == "stop"
+    tokens = output.token_ids[:-1] if finished else output.token_ids  # without the token that ended it
+    return list(tokens), row["reference"], row["prompt"][-1]["content"], row["kind"], finished, rule
 
 
-def _verdicts(cases: list[tuple[Any, ...]]) -> list[str | None]:
-    return [rejection(*case) for case in cases]
+def _verdicts(checkpoint: str, cases: list[tuple[Any, ...]]) -> list[tuple[str, str | None]]:
+    """The text of each rewrite, and why it is not kept, if so."""
+    texts = _tokenizer(checkpoint).batch_decode(
+        [case[0] for case in cases], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    rewrites = [text.strip() for text in texts]
+    return [(rewrite, rejection(rewrite, *case[1:])) for rewrite, case in zip(rewrites, cases, strict=True)]
 
 
-def _settle(row: Row, output: Any, reason: str | None, request: dict[str, Any]) -> None:
-    row["rewrite"] = output.text.strip()
+def _settle(row: Row, output: Any, rewrite: str, reason: str | None, request: dict[str, Any]) -> None:
+    row["rewrite"] = rewrite
     if reason is None:
         row |= {"outcome": "accepted", "reason": "", "answer": _answer(row)}
         if request["top_logprobs"]:
