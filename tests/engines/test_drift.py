@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks.algorithms.prompts import prompt_ids
 from tasks.domain.errors import DataError
 from tasks.domain.recipe import Runtime
-from tasks.engines.children.drift import drift
+from tasks.engines.children.drift import LOGITS, drift
 from tests.conftest import build_pico, pocket_pairs
 from tests.engines.test_child import quiet
 
@@ -41,8 +41,12 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_pico(tmp_path_factory.mktemp("other"), initializer_range=0.2)
 
 
+@pytest.mark.parametrize("at_a_time", [1, 3, 4])
 @torch.inference_mode()
-def test_perplexity_and_divergence_equal_the_sums(pico: Path, other: Path, tmp_path: Path) -> None:
+def test_perplexity_and_divergence_equal_the_sums(
+    pico: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    monkeypatch.setitem(LOGITS, "cpu", at_a_time * 32 * 500)
     found = measured(pico, other, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(pico)
     ids = tokenizer.encode("\n\n".join(TEXTS), add_special_tokens=False)

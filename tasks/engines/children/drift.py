@@ -16,6 +16,9 @@ from tasks.algorithms.prompts import prompt_ids
 from tasks.domain.errors import DataError
 from tasks.engines.children.border import Report, device_of, serve
 
+# Of a forward pass; four bytes each. Few would make a small model on a GPU wait for launches, many leave a CPU's cache.
+LOGITS = {"cuda": 2**27, "cpu": 2**25}
+
 
 def drift(request: dict[str, Any], out: Path, report: Report) -> None:
     """request: original and checkpoint (folders), text (file of strings), prompts (file of conversations), windows,
@@ -31,16 +34,19 @@ def drift(request: dict[str, Any], out: Path, report: Report) -> None:
     model = original
     if request["checkpoint"] != request["original"]:
         model = _load(request["checkpoint"], request["dtype"], device)
+    size = max(1, LOGITS[device] // (len(windows[0]) * model.config.get_text_config().vocab_size))
     nll, divergence = 0.0, 0.0
     with torch.inference_mode():
-        for number, window in enumerate(windows):
-            ids = torch.tensor([window], device=device)
-            own = log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
-            nll -= float(own.gather(1, ids[0, 1:, None]).sum())
+        for first in range(0, len(windows), size):
+            part = windows[first : first + size]
+            ids = torch.tensor(part, device=device)
+            own = log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
+            nll -= float(own.gather(2, ids[:, 1:, None]).sum())
             if model is not original:
-                theirs = log_softmax(original(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
+                theirs = log_softmax(original(input_ids=ids, use_cache=False).logits[:, :-1].float(), dim=-1)
                 divergence += float(kl_div(own, theirs, reduction="sum", log_target=True))
-            report(0.7 * (number + 1) / len(windows), f"{number + 1} of {len(windows)} windows of held-out text")
+            done = first + len(part)
+            report(0.7 * done / len(windows), f"{done} of {len(windows)} windows of held-out text")
         predicted = sum(len(window) - 1 for window in windows)
         logprobs = [value for values in _own_outputs(request, tokenizer, model, original, report) for value in values]
     measured = {
