@@ -37,6 +37,21 @@ def score(request: dict[str, Any], out: Path, report: Report) -> None:
     moments, bootstrap = _running_sums(part, request["seed"])
     batch, every_token = request["runtime"]["batch"], request["token"] == "mean"
     committed = time.monotonic()
+
+    def add(of_samples: list[torch.Tensor]) -> None:
+        nonlocal committed
+        for states in of_samples:
+            distances = pair_distances(states.float().numpy(), request["metric"])
+            moments.add(distances)
+            bootstrap.add(distances)
+        if time.monotonic() - committed > request["commit_seconds"]:
+            _commit(part, moments, bootstrap)
+            committed = time.monotonic()
+        report(moments.count / len(samples), f"{moments.count} of {len(samples)} samples")
+
+    waiting: list[
+        torch.Tensor
+    ] = []  # a batch's states, whose distances are reckoned while a GPU works at the next batch
     with torch.inference_mode():
         for first in range(moments.count, len(samples), batch):
             some = samples[first : first + batch]
@@ -48,15 +63,12 @@ def score(request: dict[str, Any], out: Path, report: Report) -> None:
             rows, places = torch.tensor(where, device=device).T
             with recorded_states(blocks, rows, places) as states:
                 model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            if waiting:
+                add(waiting)
             of_samples = zip(*(state.split([len(own) for own in counted]) for state in states), strict=True)
-            for own in of_samples:
-                distances = pair_distances(torch.stack(own, dim=1).float().cpu().numpy(), request["metric"])
-                moments.add(distances)
-                bootstrap.add(distances)
-            if time.monotonic() - committed > request["commit_seconds"]:
-                _commit(part, moments, bootstrap)
-                committed = time.monotonic()
-            report(moments.count / len(samples), f"{moments.count} of {len(samples)} samples")
+            waiting = [torch.stack(own, dim=1).cpu() for own in of_samples]
+        if waiting:
+            add(waiting)
 
     mean, std = by_span(moments.mean), by_span(moments.std())
     measured = {"metric": request["metric"], "token": request["token"], "samples": len(samples)}
