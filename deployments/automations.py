@@ -33,8 +33,7 @@ TOLD = {  # what a run did -> event, text
     ),
     "recovered too little": (
         LOW_RECOVERY,
-        "{{ flow_run.name }}: SDD recovered {{ event.payload.recovered_percent|round(1) }} %, less than "
-        "runtime.alert_below={{ event.payload.alert_below }}; {{ event.payload.report }} {{ flow_run|ui_url }}",
+        "{{ flow_run.name }}: {{ event.payload.told }}; {{ event.payload.report }} {{ flow_run|ui_url }}",
     ),
 }
 

@@ -173,7 +173,7 @@ def _held_out_recipe(held_out: HeldOut) -> dict[str, Any]:
 
 def _task_recipe(settings: Evaluate, task: str) -> dict[str, Any]:
     recipe = settings.model_dump(mode="json", include={"backend", "chat_template", "dtype", "max_length", "seed"})
-    if task == "gsm8k":
+    if BENCHMARKS[task].generative:
         recipe["max_generated"] = settings.max_generated
     engine = "vllm" if settings.backend == "vllm" else "transformers"
     return {

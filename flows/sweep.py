@@ -28,7 +28,7 @@ from flows.recover import check, recover
 from tasks.algorithms.recovery import Scores, average
 from tasks.domain.errors import PipelineError
 from tasks.domain.leaderboard import LEADERBOARD
-from tasks.domain.recipe import Preset, load_preset
+from tasks.domain.recipe import Preset, checked, load_preset
 from tasks.evaluate import item_scores
 from tasks.materialise import folder_of
 from tasks.placement import RAY, ray_cluster
@@ -85,7 +85,7 @@ def changed(preset: Preset, blocks: int, seed: int, rows: int | None) -> Preset:
     if rows is not None:
         for source in tree["dataset"]["sources"]:
             source["rows"] = rows
-    return Preset.model_validate(tree)
+    return checked(tree, preset.name)
 
 
 def compared(found: Sequence[tuple[Point, Report]]) -> Iterator[dict[str, Any]]:

@@ -46,11 +46,13 @@ def merge(stage: Stage, pruned: Ref, adapter: Ref, runtime: Runtime) -> State[Re
     """Write the merged checkpoint, after its gate. facts: layers, parameters, bytes."""
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
-        base = folder_of(pruned)
-        run_child("merge", {"checkpoint": str(base), "adapter": str(folder_of(adapter))}, out, runtime, progress)
+        base, trained = folder_of(pruned), folder_of(adapter)
+        run_child("merge", {"checkpoint": str(base), "adapter": str(trained)}, out, runtime, progress)
+        lora = (trained / "adapter_config.json").exists()
+        how = "with LoRA, the adapter merged into the weights" if lora else "in all weights"
         (out / "README.md").write_text(
             f"{(base / 'README.md').read_text(encoding='utf-8').rstrip()}\n\n## Recovered\n\n"
-            f"Fine-tuned with LoRA ({stage.slug}), the adapter merged into the weights.\n"
+            f"Fine-tuned {how} ({stage.slug}).\n"
         )
         return checkpoint_facts(out)
 

@@ -103,10 +103,12 @@ def _alert(below: float | None, model: Mapping[str, Any], run_id: str, uri: str)
             resource={"prefect.resource.id": f"prefect.flow-run.{run_id}"},
             related=[{"prefect.resource.id": "prefect.tag.sdd", "prefect.resource.role": "tag"}],
             payload={
-                "recovered_percent": recovered, "recovery_note": model["recovery_note"], "alert_below": below,
+                "told": f"SDD recovered {recovered:.1f} %, less than runtime.alert_below={below}"
+                if recovered is not None
+                else f"nobody knows what SDD recovered: {model['recovery_note']}",
                 "report": uri,
             },
-        )  # fmt: skip
+        )
 
 
 def compare_arms(sdd: Scores, sft: Scores) -> dict[str, Any]:

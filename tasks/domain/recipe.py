@@ -189,6 +189,15 @@ class Distil(Settings):
     min_accept_rate: float = Field(0.1, ge=0, le=1, description="Below this share of accepted rows the stage fails.")
     seed: int = 0
 
+    @model_validator(mode="after")
+    def room_for_the_prompt(self) -> Distil:
+        if self.max_tokens >= self.max_length:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} leaves a prompt no room in max_length={self.max_length}; lower the one "
+                "or raise the other"
+            )
+        return self
+
     @field_validator("template")
     @classmethod
     def known_template(cls, name: str) -> str:
@@ -388,6 +397,11 @@ def load_preset(name: str, overrides: tuple[str, ...] = ()) -> Preset:
         raise ConfigError(f"preset {name}: the file must hold a mapping of settings")
     for override in overrides:
         _override(tree, override)
+    return checked(tree, name)
+
+
+def checked(tree: Any, name: str) -> Preset:
+    """The preset of this name that a file's tree describes; raises ConfigError with all its faults."""
     try:
         return Preset.model_validate(tree)
     except ValidationError as error:
@@ -419,7 +433,11 @@ def _explain(error: ValidationError) -> str:
         elif fault["type"] == "missing":
             faults.append(f"{where}: missing; give it a value")
         else:
-            faults.append(f"{where}={fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}")
+            group = fault["type"] == "value_error" and isinstance(
+                fault["input"], dict
+            )  # whose message names the values
+            value = "" if group else f"={fault['input']!r}"
+            faults.append(f"{where}{value}: {fault['msg'].removeprefix('Value error, ')}")
     return "; ".join(faults)
 
 

@@ -32,7 +32,7 @@ Progress = Callable[[float, str], None]  # share done in 0..1, and a few words
 
 TERMINATE_SECONDS = 10
 LOG_TAIL = 2000  # characters of the child's log inside an error
-SECRETS = ("AWS_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+SECRETS = ("AWS_", "FSSPEC_", "PREFECT_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 PR_SET_PDEATHSIG = 1
 
 _short_of_memory: Counter[str] = Counter()  # children that ran out of it in this process, and how often
@@ -65,6 +65,7 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
             follower = _Follower(reader, progress)
             limit, minutes = runtime.limit_of(name)
             with _group_ended(process), _deadline(process, minutes * 60) as expired:
+                refuse_while_stopping(name)  # what stopped the run while this child was started did not see it
                 status = follower.until_end_of(process)
         failure = follower.failure
         refuse_while_stopping(name)

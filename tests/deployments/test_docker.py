@@ -271,7 +271,7 @@ def test_the_gpu_worker_asks_for_a_gpu_and_shared_memory(services: Services) -> 
     devices = services["gpu-worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
     assert int(services["gpu-worker"]["shm_size"]) >= 8 * 2**30
-    assert services["gpu-worker"]["hostname"]  # a limit is named after it
+    assert services["gpu-worker"]["hostname"]  # leases and artifacts name it
 
 
 def test_only_workers_and_the_server_reach_what_has_no_password_of_its_own(services: Services) -> None:

@@ -129,6 +129,13 @@ def test_a_wrong_value_is_named_with_its_setting(override: str, named: str) -> N
     assert f" {named}: " in refusal(override)
 
 
+def test_two_settings_that_contradict_each_other_are_both_named() -> None:
+    message = (
+        "preset demo-cpu: distil: max_tokens=4096 leaves a prompt no room in max_length=1024; lower the one or raise"
+    )
+    assert refusal("distil.max_tokens=4096").startswith(message)
+
+
 def test_every_fault_is_told_at_once() -> None:
     message = refusal("prune.blocks=0", "finetune.rank=0", "runtime.colour=red")
     for key in ("prune.blocks=0", "finetune.rank=0", "runtime.colour"):

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -91,8 +93,8 @@ def at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 def test_credentials_do_not_reach_a_child(at_start: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "PREFECT_API_KEY", "PREFECT_API_URL", "HF_TOKEN",
-               "HUGGING_FACE_HUB_TOKEN")  # fmt: skip
+    secrets = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "FSSPEC_S3", "PREFECT_API_KEY", "PREFECT_API_URL",
+               "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # fmt: skip
     for name in secrets:
         monkeypatch.setenv(name, "topsecret")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
@@ -330,6 +332,28 @@ def test_an_error_in_the_parent_ends_the_child(pico: Path, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         run_child("score", request, tmp_path / "out", RUNTIME.model_copy(update={"batch": 1}), interrupted)
     assert len(seen) == 1 and ends(seen[0])
+    assert not children_running("score")
+
+
+def test_a_child_that_is_started_during_a_stop_is_ended(
+    at_start: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_start(f"time.sleep({END_OF_TIMES})")
+    stopping = threading.Event()
+    monkeypatch.setattr("tasks.engines.child._stopping", stopping)
+
+    @contextmanager
+    def stopped_meanwhile(*_arguments: Any) -> Iterator[tuple[str, ...]]:
+        stopping.set()
+        yield ()
+
+    def waiting(*_arguments: Any) -> int:
+        raise AssertionError("waits for a child that is to end")
+
+    monkeypatch.setattr("tasks.engines.child._gpus_for", stopped_meanwhile)
+    monkeypatch.setattr("tasks.engines.child._Follower.until_end_of", waiting)
+    with pytest.raises(EngineError, match="score: the run is being stopped"):
+        run_child("score", {}, tmp_path / "out", RUNTIME, quiet)
     assert not children_running("score")
 
 
@@ -765,7 +789,8 @@ def test_the_merged_checkpoint_computes_what_the_adapter_does(trained: list[Path
 def test_a_merge_keeps_type_and_head_of_the_pruned_model(tmp_path: Path, rows: Path) -> None:
     base = build_pico(tmp_path / "loose", tie_word_embeddings=False)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
-    (base / "span.json").write_text("{}")
+    for name in ("span.json", "candidates.json"):
+        (base / name).write_text("{}")
     finetune(finetune_request(base, rows, epochs=2.0), tmp_path / "adapter", quiet)
     out = tmp_path / "merged"
     out.mkdir()
@@ -774,7 +799,7 @@ def test_a_merge_keeps_type_and_head_of_the_pruned_model(tmp_path: Path, rows: P
     assert {n: (w.dtype, w.shape) for n, w in after.items()} == {n: (w.dtype, w.shape) for n, w in before.items()}
     assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
-    assert not (out / "span.json").exists(), "it describes the pruned checkpoint"
+    assert not {"span.json", "candidates.json"} & {path.name for path in out.iterdir()}, "they describe the cut"
 
 
 def test_an_adapter_of_another_shape_is_an_error(trained: list[Path], pico: Path, tmp_path: Path) -> None:

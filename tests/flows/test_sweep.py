@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from flows.sweep import arms
+from flows.sweep import arms, changed
+from tasks.domain.errors import ConfigError
+from tasks.domain.recipe import load_preset
 from tests.conftest import write_jsonl
 
 SCORES = {("sft", 0): [1, 0, 0, 0], ("sft", 1): [1, 1, 0, 0], ("sdd", 0): [1, 1, 1, 0], ("sdd", 1): [1, 1, 0, 0]}
@@ -33,3 +35,8 @@ def test_every_item_counts_with_its_mean_over_the_seeds(tmp_path: Path, monkeypa
     assert both["difference"] == pytest.approx(0.25)
     assert (both["interval_low"], both["interval_high"]) == (0.0, 0.5), "of the items' means: 0, 0.5, 0.5 and 0"
     assert (alone["sft"], alone["sdd"], alone["interval_high"]) == (0.25, 0.75, 1.0)
+
+
+def test_a_wrong_point_is_refused_by_its_setting() -> None:
+    with pytest.raises(ConfigError, match=r"^preset demo-cpu: prune\.blocks=0: "):
+        changed(load_preset("demo-cpu"), 0, 0, None)

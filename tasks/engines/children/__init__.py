@@ -1,1 +1,1 @@
-"""Programs that run behind the process border; the only imports of vllm, peft, lm_eval and the Trainer."""
+"""Programs that run behind the process border; the only imports of vllm, peft and lm_eval."""

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tasks.domain.errors import ConfigError, OutOfMemory, PipelineError, disk_full
 
 Report = Callable[[float, str], None]
@@ -101,17 +99,3 @@ def _cache_bytes(checkpoint: Path, share: float) -> int:
             f"{weights / 1e9:.1f} GB of weights; raise it, or lower runtime.engines"
         )
     return int(share * memory - weights) // 2
-
-
-class Meter(tqdm):
-    """A library's progress bar that also tells the parent."""
-
-    def __init__(self, *args: Any, report: Report, text: str, **options: Any) -> None:
-        self.tell = report
-        self.text = text
-        super().__init__(*args, **options)
-
-    def update(self, n: float | None = 1) -> None:
-        super().update(n)
-        if self.total:
-            self.tell(self.n / self.total, f"{self.text}: {int(self.n)} of {int(self.total)}")

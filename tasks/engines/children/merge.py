@@ -41,9 +41,8 @@ def merge(request: dict[str, Any], out: Path, report: Report) -> None:
             model = model.merge_and_unload()
             _compare("merged logits in float32", model(input_ids=probe).logits, expected, MAX_BEFORE_CAST)
         model.to(dtype).save_pretrained(out)
-        shutil.copytree(
-            request["checkpoint"], out, ignore=shutil.ignore_patterns(*WEIGHTS, "span.json"), dirs_exist_ok=True
-        )
+        others = shutil.ignore_patterns(*WEIGHTS, "span.json", "candidates.json")
+        shutil.copytree(request["checkpoint"], out, ignore=others, dirs_exist_ok=True)
         report(0.7, "reloading")
         merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
         allowed = MAX_RELATIVE_DIFFERENCE[str(dtype).removeprefix("torch.")]
