@@ -87,5 +87,6 @@ def test_who_asked_is_told_of_a_low_or_unknown_recovery(
     model = {"recovered_percent": recovered, "recovery_note": None if recovered else NOTHING}
     tasks.report._alert(below, model, "run", "s3://x/report")
     assert [name for name, _ in events] == [LOW_RECOVERY] * told
+    assert all(json.dumps(payload, allow_nan=False) for _, payload in events)
     sentence = NOTHING if recovered is None else "SDD recovered 80.0 %, less than runtime.alert_below=90.0"
     assert all(payload["told"].endswith(sentence) for _, payload in events)

@@ -433,9 +433,8 @@ def _explain(error: ValidationError) -> str:
         elif fault["type"] == "missing":
             faults.append(f"{where}: missing; give it a value")
         else:
-            group = fault["type"] == "value_error" and isinstance(
-                fault["input"], dict
-            )  # whose message names the values
+            # What is wrong with a group of settings names those that it is about.
+            group = fault["type"] == "value_error" and isinstance(fault["input"], dict)
             value = "" if group else f"={fault['input']!r}"
             faults.append(f"{where}{value}: {fault['msg'].removeprefix('Value error, ')}")
     return "; ".join(faults)

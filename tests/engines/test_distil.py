@@ -129,9 +129,8 @@ def test_rewrites_and_log_probabilities_are_of_the_tokens_generated(
     for row in accepted:
         tokens, top = row["logprobs"]["tokens"], row["logprobs"]["top"]
         assert tokens[-1] % 4 == 1 and all(token % 4 != 1 for token in tokens[:-1])
-        assert (
-            tokenizer.decode(tokens[:-1], skip_special_tokens=True).strip() == row["rewrite"]
-        )  # what ends it is no part of it
+        text = tokenizer.decode(tokens[:-1], skip_special_tokens=True)  # what ends it is no part of it
+        assert text.strip() == row["rewrite"]
         for token, entries in zip(tokens, top, strict=True):
             assert token in [entry[0] for entry in entries] and len(entries) in (3, 4)
             assert all(entry[1] <= 0 for entry in entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -127,6 +128,26 @@ def task_states(flow_run_id: str) -> dict[str, str]:
     with get_client(sync_client=True) as client:
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])))
     return {run.name: run.state_name or "" for run in runs}
+
+
+def test_a_sweep_ends_in_a_comparison_and_in_its_arms(first: dict[str, Any], preset: str) -> None:
+    """Of the one point that exists; several seeds: tests/flows/test_sweep.py."""
+    command = [sys.executable, "-m", "flows.sweep", preset, "--blocks", "2", "--seeds", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = Path(done.stdout.strip().splitlines()[-1].removeprefix("comparison: "))
+    lines = list(csv.DictReader((folder / "comparison.csv").open()))
+    assert [(line["seed"], line["model"]) for line in lines] == [
+        ("0", role) for role in ("unpruned", "pruned", "sft", "sdd")
+    ]
+    averages = [model["average"] for model in first["models"]]
+    assert [float(line["average"]) for line in lines] == pytest.approx(averages)
+    (arms,) = csv.DictReader((folder / "arms.csv").open())
+    assert (arms["blocks"], arms["rows"], arms["seeds"]) == ("2", "12", "1")
+    assert [float(arms["sft"]), float(arms["sdd"])] == pytest.approx(averages[2:])
+    gap = float(arms["sdd"]) - float(arms["sft"])
+    assert float(arms["difference"]) == pytest.approx(gap)
+    assert float(arms["interval_low"]) <= gap <= float(arms["interval_high"])
 
 
 def test_run_page_has_names_links_progress_and_tables(first: dict[str, Any]) -> None:

@@ -49,9 +49,8 @@ def score(request: dict[str, Any], out: Path, report: Report) -> None:
             committed = time.monotonic()
         report(moments.count / len(samples), f"{moments.count} of {len(samples)} samples")
 
-    waiting: list[
-        torch.Tensor
-    ] = []  # a batch's states, whose distances are reckoned while a GPU works at the next batch
+    # A batch's states, whose distances are reckoned while a GPU works at the next batch.
+    waiting: list[torch.Tensor] = []
     with torch.inference_mode():
         for first in range(moments.count, len(samples), batch):
             some = samples[first : first + batch]
