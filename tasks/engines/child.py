@@ -57,7 +57,7 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
             process = subprocess.Popen(
                 [sys.executable, "-m", f"tasks.engines.children.{name}", str(request_file), str(writer)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[writer],
-                env=_environment(runtime) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
+                env=_environment(runtime) | _gpu_environment(name, gpus),
                 start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
             _running.add(process)
@@ -213,6 +213,13 @@ def _gpus_for(name: str, runtime: Runtime) -> AbstractContextManager[tuple[str, 
             f"runtime.finetune_processes={count}: each needs a GPU of its own, and here are {len(gpus)}; lower it"
         )
     return least_used(gpus, count) if gpus else nullcontext(())
+
+
+def _gpu_environment(name: str, gpus: tuple[str, ...]) -> dict[str, str]:
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    if gpus and name == "finetune":  # steps differ in length; segments of a fixed size would leave gaps
+        own["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return own
 
 
 def _is_installed(distribution: str) -> bool:

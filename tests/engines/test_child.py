@@ -139,20 +139,27 @@ def test_children_side_by_side_have_a_gpu_each(
 
 
 def test_a_shared_fine_tuning_has_a_gpu_for_each_process(
-    at_start: Callable[[str], Path], machine_with: Callable[[str], None]
+    at_start: Callable[[str], Path], machine_with: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside another child, whichever starts first: of three GPUs it has two, the other child the third."""
+    """Beside another child, whichever starts first: of three GPUs it has two, the other child the third.
+
+    It alone has an allocator whose segments grow.
+    """
     machine_with("4,7,9")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     notes = at_start(
-        "import sys\n(notes / sys.orig_argv[2]).write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "import sys\ngiven = os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('PYTORCH_ALLOC_CONF', '')\n"
+        "(notes / sys.orig_argv[2]).write_text(' '.join(given))\n"
         "while len(list(notes.iterdir())) < 2: time.sleep(0.01)\nos._exit(3)"
     )
     runtime = RUNTIME.model_copy(update={"device": "auto", "finetune_processes": 2})
     with ThreadPoolExecutor(2) as pool:
         ended = [pool.submit(run_child, name, {}, notes.parent, runtime, quiet) for name in ("score", "finetune")]
     assert all(isinstance(future.exception(), EngineError) for future in ended)
-    score, finetune = ((notes / f"tasks.engines.children.{name}").read_text() for name in ("score", "finetune"))
+    notes_of = {name: (notes / f"tasks.engines.children.{name}").read_text() for name in ("score", "finetune")}
+    (score, allocator), (finetune, trainings_allocator) = (note.split(" ") for note in notes_of.values())
     assert sorted([score, *finetune.split(",")]) == ["4", "7", "9"]
+    assert (allocator, trainings_allocator) == ("", "expandable_segments:True")
 
 
 @pytest.mark.parametrize(
