@@ -37,7 +37,10 @@ from tasks.report import compare_arms
 Point = tuple[int, int, int | None]  # blocks, seed, rows of each source
 Report = dict[str, Any]  # report.json and its folder
 
-MEASURES = ("average", "recovered_percent", "chance_corrected_percent", "lambada", "perplexity", "kl_to_unpruned")
+MEASURES = (
+    "average", "recovered_percent", "chance_corrected_percent",
+    "lambada", "perplexity", "kl_to_unpruned", "own_logprob",
+)  # fmt: skip
 
 
 @flow(name="sweep", flow_run_name="sweep of {preset.name}", persist_result=False)
