@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -35,8 +37,14 @@ def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
     lines = json_lines(Path(request["rows"]))
     shards = [_Shard(name, [json.loads(line) for line in lines[first:end]]) for name, first, end in request["shards"]]
     # A process beside it makes prompts, reads and judges rewrites: on a GPU the engine's loop is short of time.
-    with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent) as beside:
+    with ProcessPoolExecutor(1, get_context("spawn"), _start_beside) as beside:
         _rewrite(request, shards, beside, report)
+
+
+def _start_beside() -> None:
+    """In the process beside: end with the engine's process or its pool, and at once."""
+    die_with_parent()
+    atexit.register(os._exit, 0)  # the engine's process would wait for seconds of its libraries' cleaning up
 
 
 def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolExecutor, report: Report) -> None:
