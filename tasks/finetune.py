@@ -26,9 +26,10 @@ def finetune(stage: Stage, pruned: Ref, distilled: Ref, settings: Finetune, runt
     An interrupted training goes on from the state that it last committed.
     """
 
+    rates = settings.learning_rate if isinstance(settings.learning_rate, tuple) else (settings.learning_rate,)
+    states = [f"{stage.key}-{rate}.safetensors" for rate in rates]
+
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
-        rates = settings.learning_rate if isinstance(settings.learning_rate, tuple) else (settings.learning_rate,)
-        states = [f"{stage.key}-{rate}.safetensors" for rate in rates]
         with parts_of("finetune", progress, states, shared=False) as (parts, committing):
             request = {
                 "checkpoint": str(folder_of(pruned)), "rows": str(folder_of(distilled) / "rows.jsonl"),
@@ -38,7 +39,7 @@ def finetune(stage: Stage, pruned: Ref, distilled: Ref, settings: Finetune, runt
             run_child("finetune", request, out, runtime, committing)
         return dict(json.loads((out / "tokens.json").read_text()))
 
-    return materialise(stage, produce, runtime, slots=runtime.finetune_processes)
+    return materialise(stage, produce, runtime, slots=runtime.finetune_processes, pieces=states)
 
 
 @task(task_run_name="merge {stage.slug}", **STAGE)

@@ -28,10 +28,13 @@ Produce = Callable[[Path, Progress], dict[str, Any]]  # fills the folder, return
 PROGRESS_SECONDS = 2.0
 
 
-def materialise(stage: Stage, produce: Produce, runtime: Runtime | None = None, slots: int = 1) -> State[Ref]:
+def materialise(
+    stage: Stage, produce: Produce, runtime: Runtime | None = None, slots: int = 1, pieces: Sequence[str] = ()
+) -> State[Ref]:
     """Return the stage's artifact as a completed state, named Cached when nothing had to run.
 
     produce: fills an empty folder and returns the facts. runtime: that of an engine, which holds so many slots.
+    pieces: of `parts_of` that serve this stage alone, and go once it is published.
     What an interrupted stage wrote stays out of the store: only a finished folder is published.
     """
     store = ArtifactStore.from_environment()
@@ -48,6 +51,8 @@ def materialise(stage: Stage, produce: Produce, runtime: Runtime | None = None, 
                 # Without the slot: publishing waits for whoever took a lost lease over, who may wait for the slot.
                 with transfer("uploaded", progress) as moved:
                     manifest = store.publish(stage, folder, facts, seconds, lease, moved)
+                if pieces:
+                    Parts(store, stage.name, pieces).remove()
                 link(stage, store.uri(stage))
                 return Completed(message=f"published {store.uri(stage)}", data=ref_of(store, manifest, "miss"))
     link(stage, store.uri(stage))
@@ -92,8 +97,7 @@ def transfer(what: str, progress: Progress) -> Iterator[Transfer]:
 def parts_of(stage: str, progress: Progress, names: Sequence[str], *, shared: bool) -> Iterator[tuple[Path, Progress]]:
     """A folder with those of the named pieces that earlier runs finished, and a progress that commits new ones.
 
-    shared: the pieces serve other stages too, whose runs wait while this one makes them, and are kept; else they go
-    once the block has ended well.
+    shared: the pieces serve other stages too, whose runs wait while this one makes them.
     """
     parts = Parts(ArtifactStore.from_environment(), stage, names)
     parts.fetch()
@@ -115,8 +119,6 @@ def parts_of(stage: str, progress: Progress, names: Sequence[str], *, shared: bo
             yield parts.folder, committing
         finally:
             parts.commit()
-    if not shared:
-        parts.remove()
 
 
 def folder_of(ref: Ref) -> Path:

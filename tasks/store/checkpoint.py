@@ -18,7 +18,8 @@ from typing import Any
 
 from tasks.domain.errors import ModelUnsupported
 
-INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 SHARD_BYTES = 5 * 10**9
 COPY_BYTES = 2**20  # at once; sendfile's own pipe holds 64 KB and takes a third longer
 ALIGNMENT = 8
@@ -46,13 +47,10 @@ class Tensor:
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint folder by name, read from the headers alone.
 
-    Raises ModelUnsupported when the folder has no safetensors file.
+    Raises ModelUnsupported when the folder has no safetensors file, or not all that its index names.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelUnsupported(f"{folder.name} has no .safetensors file; save the model with save_pretrained first")
     found: dict[str, Tensor] = {}
-    for file in files:
+    for file in weight_files(folder):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
@@ -61,6 +59,24 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
                 begin, end = entry["data_offsets"]
                 found[name] = Tensor(file, 8 + length + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
     return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that transformers would load: what the index names, else model.safetensors, else all there are.
+
+    Some models have the same weights once more beside them, in one file and under other names.
+    """
+    if (folder / INDEX).exists():
+        files = [folder / name for name in sorted({*json.loads((folder / INDEX).read_text())["weight_map"].values()})]
+    elif (folder / SINGLE).exists():
+        files = [folder / SINGLE]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ModelUnsupported(f"{folder.name} has no {missing[0]}, which its {INDEX} names; fetch the model again")
+    if not files:
+        raise ModelUnsupported(f"{folder.name} has no .safetensors file; save the model with save_pretrained first")
+    return files
 
 
 def write_renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], out: Path) -> None:
@@ -78,7 +94,7 @@ def write_renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], out: 
         shards[-1][new] = tensor
         used, source = used + tensor.size, tensor.file
     if len(shards) == 1:
-        _write_shard(out / "model.safetensors", shards[0])
+        _write_shard(out / SINGLE, shards[0])
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

