@@ -13,7 +13,7 @@ from tasks.store.artifacts import REPORTS, ArtifactStore
 
 @flow(name="collect-garbage", persist_result=False, log_prints=True)
 def collect_garbage(newest: int = 10, hours: float = 24.0, delete: bool = True) -> None:
-    """Keep what the newest reports reach, what is leased and what is younger than so many hours."""
+    """Keep what the newest reports reach, what is leased, and what is younger than so many hours with its inputs."""
     store = ArtifactStore.from_environment()
     store.check()
     if not store.fs.exists(f"{store.root}/{REPORTS}"):

@@ -25,7 +25,7 @@ def measure_drift(
     """Write drift.json. facts: perplexity, kl_to_unpruned, own_logprob, and the tokens that each was taken over."""
 
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
-        table = read_table(settings, settings.fields)
+        table = read_table(settings, settings.fields, stage.recipe.get("revision"))
         documents = ["\n\n".join(str(row[name] or "") for name in settings.fields) for row in table]
         lines = json_lines(folder_of(rows) / "rows.jsonl")[: settings.prompts]
         with tempfile.TemporaryDirectory() as scratch:

@@ -37,7 +37,7 @@ def load_rows(stage: Stage, dataset: Dataset, benchmarks: Ref | None) -> State[R
         with (out / "rows.jsonl").open("w") as file:
             for number, source in enumerate(dataset.sources):
                 counts[source.name] = dropped[source.name] = 0
-                for row in draw(source, dataset.seed):
+                for row in draw(source, dataset.seed, stage.recipe["sources"][number].get("revision")):
                     if known and known.overlaps("\n".join(turn["content"] for turn in row["prompt"])):
                         dropped[source.name] += 1
                         continue
@@ -66,13 +66,13 @@ def benchmark_text(stage: Stage, benchmarks: Ref | None) -> BenchmarkText | None
     return BenchmarkText(questions, overlap["words"])
 
 
-def draw(source: Rows, seed: int) -> Iterator[dict[str, Any]]:
+def draw(source: Rows, seed: int, commit: str | None = None) -> Iterator[dict[str, Any]]:
     """The rows of one source in their common form, in a random order; raises DataError when there is none.
 
-    Ids are places in the whole table, so that a row keeps its id whatever the limit is.
+    commit: as in `read_table`. Ids are places in the whole table, so that a row keeps its id whatever the limit is.
     """
     read = _conversation if source.kind == "chat" else _instruction
-    table = read_table(source, _columns(source))
+    table = read_table(source, _columns(source), commit)
     order = list(range(len(table)))
     random.Random(f"{seed}/{source.name}").shuffle(order)
     found = False

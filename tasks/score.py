@@ -39,7 +39,8 @@ def score_blocks(
     def produce(out: Path, progress: Progress) -> dict[str, Any]:
         refuse_what_cannot_be_cut(folder_of(model))
         calibration = settings.calibration
-        documents = _prompts(folder_of(rows)) if rows else _texts(calibration)
+        commit = stage.recipe["calibration"].get("revision")
+        documents = _prompts(folder_of(rows)) if rows else _texts(calibration, commit)
         random.Random(calibration.seed).shuffle(documents)
         known = None if rows else benchmark_text(stage, benchmarks)  # rows were checked when they were drawn
         clean = [text for text in documents if not (known and known.overlaps(text))]
@@ -66,9 +67,9 @@ def score_blocks(
     return materialise(stage, produce, runtime, pieces=[sums])
 
 
-def _texts(calibration: Calibration) -> list[Any]:
+def _texts(calibration: Calibration, commit: str | None) -> list[Any]:
     """All documents: how many of them are used depends on their lengths in tokens."""
-    table = read_table(calibration, calibration.fields)
+    table = read_table(calibration, calibration.fields, commit)
     texts = ("\n\n".join(str(row[name] or "") for name in calibration.fields).strip() for row in table)
     return [text for text in texts if text]
 

@@ -129,12 +129,14 @@ def mirror_faults(store: ArtifactStore, manifest: Manifest) -> Iterator[str]:
 def unneeded(store: ArtifactStore, newest: int, runs: Sequence[str], age: float) -> list[Listed]:
     """Artifacts that neither the `newest` reports nor those of `runs` reach, and uploads that broke off.
 
-    age: seconds; what changed less than this ago stays, and so does whatever somebody holds a lease on.
+    age: seconds; what changed less than this ago stays with all that it was made from, as a run may still be going on,
+    and so does whatever somebody holds a lease on.
     Raises ConfigError when a report of `runs` is not there, ArtifactError when one cannot be read.
     """
     keep, entries, now = _reported(store, newest, runs), listing(store), _now(store)
     found = dict(manifests(store, [address for address, entry in entries.items() if entry.is_artifact]))
     inputs = {m.key: m.identity["inputs"].values() for m in found.values() if isinstance(m, Manifest)}
+    keep |= {m.key for address, m in found.items() if isinstance(m, Manifest) and now - entries[address].changed <= age}
     queue = deque(keep)
     while queue:
         new = set(inputs.get(queue.popleft(), ())) - keep

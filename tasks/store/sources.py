@@ -69,8 +69,11 @@ def table_identity(table: Table) -> dict[str, Any]:
     return {"hub": table.hub, "revision": hub_commit(table.hub.split(":")[0], table.revision, "dataset")}
 
 
-def read_table(table: Table, columns: tuple[str, ...]) -> Sequence[dict[str, Any]]:
-    """The rows of a table, left on disk; raises DataError when it is empty or lacks a column."""
+def read_table(table: Table, columns: tuple[str, ...], commit: str | None = None) -> Sequence[dict[str, Any]]:
+    """The rows of a table, left on disk; raises DataError when it is empty or lacks a column.
+
+    commit: that of the hub which the stage's key holds, as `table.revision` may have moved on since.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -86,7 +89,8 @@ def read_table(table: Table, columns: tuple[str, ...]) -> Sequence[dict[str, Any
         else:
             assert table.hub is not None
             name, config, split = [*table.hub.split(":"), "", ""][:3]
-            rows = datasets.load_dataset(name, config or None, split=split or "train", revision=table.revision)
+            revision = commit or table.revision
+            rows = datasets.load_dataset(name, config or None, split=split or "train", revision=revision)
     except PipelineError:
         raise
     except Exception as error:
@@ -162,8 +166,9 @@ def hub_snapshot(model: HubModel, commit: str) -> Path:
         raise _hub_error(f"model.id={model.id}", commit, error) from error
 
 
+@cache  # a run asks about each more than once, and should have one answer
 def hub_commit(name: str, revision: str, repo_type: str) -> str:
-    """The commit that a branch or tag points to now."""
+    """The commit that a branch or tag points to."""
     if len(revision) == COMMIT_LENGTH and all(digit in "0123456789abcdef" for digit in revision):
         return revision
     from huggingface_hub import HfApi

@@ -210,6 +210,18 @@ def test_gc_leaves_the_young_the_leased_and_what_is_being_made(
     assert not objects(store, partial.address) and not objects(store, LOOSE.address)
 
 
+def test_gc_leaves_what_a_young_artifact_was_made_from(
+    store: ArtifactStore, tmp_path: Path, tomorrow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a run that goes on for days and has no report yet."""
+    young = Stage("finetune", 1, {}, {"pruned": LOOSE}, "young")
+    store.publish(young, produced(tmp_path / "young", {"adapter.safetensors": b"x"}), {}, 0)
+    changed = housekeeping._changed
+    monkeypatch.setattr(housekeeping, "_changed", lambda info: changed(info) + 24 * 3600 * ("young" in info["name"]))
+    assert [entry.address for entry in housekeeping.unneeded(store, 10, [], 2 * 3600)] == []
+    assert {entry.address for entry in housekeeping.unneeded(store, 10, [], 0)} == {LOOSE.address, young.address}
+
+
 def test_gc_follows_a_lease_whose_holder_is_long_dead(
     store: ArtifactStore, capsys: pytest.CaptureFixture[str], tomorrow: None
 ) -> None:

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -223,6 +224,20 @@ def test_a_commit_needs_no_network_and_anything_else_asks_the_hub() -> None:
         assert refusal.startswith(f"2 dataset someone/data, revision {revision}: the hub does not give it")
         assert "SDD_DATA_ROOT" in refusal
     assert "hf_topsecret" not in done.stdout + done.stderr
+
+
+def test_a_table_of_the_hub_is_read_at_the_commit_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is a mock here."""
+    asked = []
+
+    def load(name: str, config: str | None, *, split: str, revision: str) -> datasets.Dataset:
+        asked.append((name, config, split, revision))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    table = Table(hub="someone/data:main:test", revision="branch")
+    assert list(read_table(table, ("question", "answer"), COMMIT)) == ROWS
+    assert asked == [("someone/data", "main", "test", COMMIT)]
 
 
 # --- models -----------------------------------------------------------------------------------------------
