@@ -44,27 +44,31 @@ def evaluate(
                 link(stage, refs[name]["uri"])
         return {name: stage for name, stage in stages.items() if name not in refs}
 
-    if not take_existing():
+    def cached() -> State[dict[str, Ref]]:
         return Completed(name="Cached", message=f"all {len(stages)} tasks exist", data=refs)
+
+    if not take_existing():
+        return cached()
     if settings.chat_template:
         refuse_without_chat_template(folder_of(checkpoint))
     with _alone_with(checkpoint, store), store.staging() as folder:
-        missing = take_existing()  # another run may have scored them meanwhile
-        if missing:
-            show, started = progress_artifact(next(iter(missing.values()))), time.monotonic()
+        missing = take_existing()
+        if not missing:  # another run has scored them meanwhile
+            return cached()
+        show, started = progress_artifact(next(iter(missing.values()))), time.monotonic()
 
-            def progress(done: float, text: str) -> None:
-                show(done, f"{role}: {text}")
-                for name, stage in missing.items():
-                    if name not in refs and (folder / name / "results.json").exists():
-                        seconds = time.monotonic() - started - sum(ref["seconds"] for ref in refs.values())
-                        manifest = store.publish(stage, folder / name, score_facts(name, folder / name), seconds)
-                        refs[name] = ref_of(store, manifest, "miss")
-                        link(stage, refs[name]["uri"])
+        def progress(done: float, text: str) -> None:
+            show(done, f"{role}: {text}")
+            for name, stage in missing.items():
+                if name not in refs and (folder / name / "results.json").exists():
+                    seconds = time.monotonic() - started - sum(ref["seconds"] for ref in refs.values())
+                    manifest = store.publish(stage, folder / name, score_facts(name, folder / name), seconds)
+                    refs[name] = ref_of(store, manifest, "miss")
+                    link(stage, refs[name]["uri"])
 
-            with engine_slots(runtime.engines):
-                started = time.monotonic()
-                run_child("evaluate", _request(checkpoint, benchmarks, settings, missing), folder, runtime, progress)
+        with engine_slots(runtime.engines):
+            started = time.monotonic()
+            run_child("evaluate", _request(checkpoint, benchmarks, settings, missing), folder, runtime, progress)
     return Completed(message=f"scored {', '.join(missing)}", data={name: refs[name] for name in stages})
 
 
