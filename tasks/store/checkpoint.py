@@ -62,21 +62,22 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Those that transformers would load: what the index names, else model.safetensors, else all there are.
+    """Those that transformers would load: model.safetensors, else what the index names, else all there are.
 
-    Some models have the same weights once more beside them, in one file and under other names.
+    Some models have the same weights once more beside them, in one file and under other names. An index from elsewhere
+    may name whatever it wants: what does not lie in the folder itself is not there.
     """
-    if (folder / INDEX).exists():
-        files = [folder / name for name in sorted({*json.loads((folder / INDEX).read_text())["weight_map"].values()})]
-    elif (folder / SINGLE).exists():
-        files = [folder / SINGLE]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if missing := [file.name for file in files if not file.exists()]:
-        raise ModelUnsupported(f"{folder.name} has no {missing[0]}, which its {INDEX} names; fetch the model again")
-    if not files:
-        raise ModelUnsupported(f"{folder.name} has no .safetensors file; save the model with save_pretrained first")
-    return files
+    found = {path.name: path for path in folder.glob("*.safetensors")}
+    if not found:
+        raise ModelUnsupported(f"{folder} has no .safetensors file; save the model with save_pretrained first")
+    wanted = {*found}
+    if SINGLE in found:
+        wanted = {SINGLE}
+    elif (folder / INDEX).exists():
+        wanted = {*json.loads((folder / INDEX).read_text())["weight_map"].values()}
+    if missing := sorted(wanted - found.keys()):
+        raise ModelUnsupported(f"{folder} has no {missing[0]}, which its {INDEX} names; fetch the model again")
+    return [found[name] for name in sorted(wanted)]
 
 
 def write_renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str], out: Path) -> None:

@@ -259,16 +259,26 @@ def test_weights_that_lie_there_twice_travel_once(pico: Path, tmp_path: Path) ->
     folder = tmp_path / "model"
     shutil.copytree(pico, folder)
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
-    weights = {path.name for path in checkpoint_files(folder) if path.suffix == ".safetensors"}
-    assert weights == {"model.safetensors"}
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     index = {"weight_map": dict.fromkeys(tensors_of(folder), "model-00001-of-00001.safetensors")}
     (folder / INDEX).write_text(json.dumps(index))
+    weights = {path.name for path in checkpoint_files(folder) if path.suffix == ".safetensors"}
+    assert weights == {"model.safetensors"}, "which transformers prefers to an index"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     weights = {path.name for path in checkpoint_files(folder) if path.suffix == ".safetensors"}
     assert weights == {"model-00001-of-00001.safetensors"}
     assert {tensor.file.name for tensor in tensors_of(folder).values()} == weights
     (folder / "model-00001-of-00001.safetensors").unlink()
     with pytest.raises(ModelUnsupported, match=r"no model-00001-of-00001\.safetensors, which its .*index\.json names"):
+        checkpoint_files(folder)
+
+
+def test_an_index_that_names_a_file_elsewhere_is_refused(pico: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(pico, folder)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    shutil.copy(folder / "model-1.safetensors", tmp_path / "secret.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "model-1.safetensors", "y": "../secret.safetensors"}}))
+    with pytest.raises(ModelUnsupported, match=r"has no \.\./secret\.safetensors"):
         checkpoint_files(folder)
 
 
