@@ -25,7 +25,6 @@ def finetune(stage: Stage, pruned: Ref, distilled: Ref, settings: Finetune, runt
 
     An interrupted training goes on from the state that it last committed.
     """
-
     rates = settings.learning_rate if isinstance(settings.learning_rate, tuple) else (settings.learning_rate,)
     states = [f"{stage.key}-{rate}.safetensors" for rate in rates]
 

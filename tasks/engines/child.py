@@ -216,8 +216,10 @@ def _gpus_for(name: str, runtime: Runtime) -> AbstractContextManager[tuple[str, 
 
 
 def _gpu_environment(name: str, gpus: tuple[str, ...]) -> dict[str, str]:
-    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    if gpus and name == "finetune":  # steps differ in length; segments of a fixed size would leave gaps
+    if not gpus:
+        return {}
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    if name == "finetune":  # steps differ in length; segments of a fixed size would leave gaps
         own["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return own
 

@@ -38,6 +38,7 @@ def draw(found: Curves, out: Path) -> None:
     from matplotlib import pyplot
 
     cuts = sorted({blocks for _, blocks, _ in found})
+    counts = sorted({rows for values in found.values() for rows in values})
     figure, axes = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for axis, (measure, title) in zip(axes.flat, MEASURES.items(), strict=True):
         for blocks, style in zip(cuts, ("-", "--", ":"), strict=False):
@@ -48,7 +49,6 @@ def draw(found: Curves, out: Path) -> None:
                 each = [(rows, value) for rows, values in points for value in values]
                 axis.scatter(*zip(*each, strict=True), s=9, color=colour)
         axis.set_xscale("log")
-        counts = sorted(points_of[0] for points_of in points)
         axis.set_xticks(counts, [f"{count:,}" for count in counts])
         axis.minorticks_off()
         axis.set(title=title, xlabel="rows")

@@ -37,13 +37,18 @@ LIBRARIES = (
 
 
 def alternating(ours: Callable[[], None], theirs: Callable[[], None], rounds: int) -> dict[str, list[float]]:
-    """Seconds of both, one after the other in each round, so that a busy machine slows both."""
+    """Seconds of both, one after the other in each round, so that a busy machine slows both.
+
+    The order turns from round to round: a machine that gets slower by the minute favours neither.
+    """
     samples: dict[str, list[float]] = {"ours": [], "theirs": []}
+    sides = [("ours", ours), ("theirs", theirs)]
     for _ in range(rounds):
-        for name, call in (("ours", ours), ("theirs", theirs)):
+        for name, call in sides:
             started = perf_counter()
             call()
             samples[name].append(round(perf_counter() - started, 3))
+        sides.reverse()
     return samples
 
 

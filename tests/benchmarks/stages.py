@@ -207,21 +207,17 @@ def generate(folder: Path, model: Path) -> None:
     size = GENERATED[device()]
     rows = benchmark_rows(size["rows"])
     with servers(folder, prefect=True):
-        ours = _Rewriting(model, rows, size["tokens"])
-        alone: list[float] = []
-        theirs: list[dict[str, float]] = []
+        ours, theirs = _Rewriting(model, rows, size["tokens"]), []
         samples: dict[str, Any] = {"rows": len(rows), "tokens of a row": size["tokens"]}
+        alone = []
         if gpus():  # the first that samples on a machine compiles kernels
             fresh(generate_at_once, ours.request(), rows[:64])
-        sides: list[Callable[[], None]] = [
+        # Each side tells its own seconds, without its start.
+        alternating(
             lambda: alone.append(ours.seconds(engines=1)),
             lambda: theirs.append(fresh(generate_at_once, ours.request(), rows)),
-        ]
-        for _ in range(size["rounds"]):
-            for side in sides:
-                side()
-            sides.reverse()  # a machine that gets slower by the minute favours neither
-            print(f"  ours {alone[-1]} s, LLM.generate {theirs[-1]}", flush=True)
+            size["rounds"],
+        )
         samples |= {
             "ours": alone, "theirs": [one["seconds"] for one in theirs],
             "tokens_per_second": {
