@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+# torch's own, vLLM's, and CUDA's of a library's allocation.
+FULL_DEVICE = ("OutOfMemoryError: ", "less than desired GPU memory utilization", "CUDA error: out of memory")
+
 
 class PipelineError(Exception):
     """Base of every error that the pipeline raises on purpose."""
@@ -54,6 +57,11 @@ class EngineError(PipelineError):
 
 class OutOfMemory(EngineError):
     """The device's memory did not suffice; the next try takes smaller batches."""
+
+
+def device_full(said: str) -> bool:
+    """Whether an error's type and words, or a log, say that a device's memory did not suffice."""
+    return any(words in said for words in FULL_DEVICE)
 
 
 def disk_full(error: BaseException, folders: Mapping[str, Path]) -> ConfigError | None:

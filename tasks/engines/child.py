@@ -67,16 +67,19 @@ def run_child(name: str, request: dict[str, Any], out: Path, runtime: Runtime, p
             with _group_ended(process), _deadline(process, minutes * 60) as expired:
                 refuse_while_stopping(name)  # what stopped the run while this child was started did not see it
                 status = follower.until_end_of(process)
-        failure = follower.failure
         refuse_while_stopping(name)
-        if failure:
-            error = _as_error(failure)
-            _short_of_memory[name] += isinstance(error, errors.OutOfMemory)
-            raise error
-        if status != 0:
-            tail = log.read_text(errors="replace")[-LOG_TAIL:]
+        if follower.failure:
+            error = _as_error(follower.failure)
+        elif status != 0:
+            said = log.read_text(errors="replace")
             why = f"took longer than {limit}={minutes}" if expired.is_set() else _died(status)
-            raise errors.EngineError(f"{name}: the child process {why}; end of its log:\n{tail}")
+            # vLLM's own process, where it has one, tells the child only that it died.
+            kind = errors.OutOfMemory if errors.device_full(said) else errors.EngineError
+            error = kind(f"{name}: the child process {why}; end of its log:\n{said[-LOG_TAIL:]}")
+        else:
+            return
+        _short_of_memory[name] += isinstance(error, errors.OutOfMemory)
+        raise error
 
 
 def is_stopping(seconds: float) -> bool:
@@ -200,7 +203,10 @@ def _environment(runtime: Runtime) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(runtime.kv_cache_gb),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines side by side would be bound to the same cores
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is already alone in its process
+        # vLLM's engine is already alone in its process; see _gpu_environment.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": kept.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+        # Its kernels know no seed of a row, and would be compiled on each new machine.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }
 
 
@@ -219,6 +225,8 @@ def _gpu_environment(name: str, gpus: tuple[str, ...]) -> dict[str, str]:
     if not gpus:
         return {}
     own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    if name == "distil":  # its loop over the rows would keep a GPU waiting
+        own["VLLM_ENABLE_V1_MULTIPROCESSING"] = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     if name == "finetune":  # steps differ in length; segments of a fixed size would leave gaps
         own["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return own

@@ -35,7 +35,7 @@ MB = 2**20
 SCORED = {"samples": 128, "length": 256, "batch": 8}  # the calibration of smollm2-135m
 GENERATED: dict[str, dict[str, Any]] = {
     "cpu": {"rows": 256, "tokens": 24, "rounds": 4, "engines": ()},
-    "cuda": {"rows": 16384, "tokens": 128, "rounds": 1, "engines": (4, 8)},
+    "cuda": {"rows": 16384, "tokens": 128, "rounds": 2, "engines": (8,)},
 }
 TRAINED = {"cpu": {"rows": 64, "rounds": 2}, "cuda": {"rows": 1024, "rounds": 2}}
 TRL_BATCH, TRL_LENGTH = 8, 1024  # rows a step and longest row, TRL's defaults
@@ -302,6 +302,8 @@ class _Rewriting:
 
 def generate_at_once(request: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
     """All prompts of the stage with its sampling, as a script would send them."""
+    if gpus():
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # vLLM's default, and what the stage has there
     from vllm import LLM
 
     from tasks.algorithms.prompts import prompts_ids
@@ -438,7 +440,7 @@ def evaluate(folder: Path, model: Path) -> None:
     def theirs() -> None:
         subprocess.run(command, env=_environment(runtime), check=True, stdout=subprocess.DEVNULL)
 
-    if gpus():  # the first vLLM on a machine compiles its kernels, for two minutes
+    if gpus():  # the first vLLM on a machine compiles its kernels, for a minute
         first = {**request, "tasks": {"hellaswag": {**tasks["hellaswag"], "limit": 1}}}
         run_child("evaluate", first, folder / "first", runtime, lambda _done, _text: None)
     samples: dict[str, Any] = alternating(ours, theirs, size["rounds"])

@@ -138,6 +138,21 @@ def test_children_side_by_side_have_a_gpu_each(
     assert sorted(path.read_text() for path in notes.iterdir()) == ["4", "4", "7", "7"]
 
 
+def test_generation_on_a_gpu_has_vllm_in_a_process_of_its_own(
+    at_start: Callable[[str], Path], machine_with: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    machine_with("4")
+    notes = at_start(
+        "import sys\n(notes / sys.orig_argv[2]).write_text(os.environ['VLLM_ENABLE_V1_MULTIPROCESSING'])\nos._exit(3)"
+    )
+    for name, device in (("distil", "cpu"), ("evaluate", "auto"), ("distil", "auto")):
+        with pytest.raises(EngineError):
+            run_child(name, {}, notes.parent, RUNTIME.model_copy(update={"device": device}), quiet)
+        note = notes / f"tasks.engines.children.{name}"
+        assert (note.read_text() == "1") == (name == "distil" and device == "auto")
+
+
 def test_a_shared_fine_tuning_has_a_gpu_for_each_process(
     at_start: Callable[[str], Path], machine_with: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -672,7 +687,8 @@ def _prompt(row: dict[str, list[int]]) -> tuple[int, ...]:
 
 def test_a_share_of_the_gpu_below_the_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card is a stand-in of 10 GB, the weights a sparse file of 3."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=10**10))
+    card = SimpleNamespace(get_device_total_memory=lambda: 10**10)
+    monkeypatch.setattr("vllm.platforms.current_platform", card, raising=False)
     (weights := tmp_path / "model.safetensors").touch()
     os.truncate(weights, 3 * 10**9)
     request = {"checkpoint": str(tmp_path), "dtype": "bfloat16", "max_length": 64, "seed": 0}

@@ -13,7 +13,7 @@ import pytest
 
 from tasks.domain.errors import ConfigError
 from tasks.domain.recipe import Distil, Runtime
-from tasks.engines.child import _environment, run_child
+from tasks.engines.child import run_child
 from tasks.engines.children.distil import _answer
 from tests.conftest import ROOT, build_pico, pocket_pairs
 from tests.engines.test_child import ends, quiet
@@ -24,19 +24,21 @@ SETTINGS = Distil(
 )
 
 
-# The child's program, which is killed alone at its first report and tells before who works beside it.
+OWN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # of vLLM's engine: "0" without a GPU, "1" with one
+
+# A run that is killed at the child's first report, and tells before who works for it.
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from tasks.engines.children.distil import distil
+from tasks.domain.recipe import Runtime
+from tasks.engines.child import run_child
 from tests.conftest import descendants
 
 def die(_done, _text):
-    beside = [pid for pid in descendants(os.getpid()) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-    print(*beside, flush=True)
+    print(*descendants(os.getpid()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
-distil(json.loads(sys.argv[1]), Path(), die)
+run_child("distil", json.loads(sys.argv[1]), Path(sys.argv[2]), Runtime(device="cpu", kv_cache_gb=1), die)
 """
 
 
@@ -109,8 +111,13 @@ def test_a_length_beyond_the_models_is_a_wrong_setting(pico: Path, tmp_path: Pat
         written(pico, tmp_path, [("a", 0, 5)], SETTINGS.model_copy(update={"max_length": 2049}))
 
 
-def test_a_shard_alone_has_the_same_bytes(ending: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("own_process", ["0", "1"])
+def test_a_shard_alone_has_the_same_bytes(
+    ending: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    own_process: str,
+) -> None:  # fmt: skip
     """What an interrupted run has left to do, or another worker does, does not depend on the rows beside it."""
+    monkeypatch.setenv(OWN_PROCESS, own_process)
     alone = written(ending, tmp_path, [("b", 5, 12)])
     assert alone.keys() == {"b"}
     texts = [[(row["id"], row["rewrite"], row["outcome"]) for row in rows] for rows in (alone["b"], whole["b"])]
@@ -136,12 +143,18 @@ def test_rewrites_and_log_probabilities_are_of_the_tokens_generated(
             assert all(entry[1] <= 0 for entry in entries)
 
 
-def test_what_works_beside_a_child_does_not_outlive_it(pico: Path, tmp_path: Path) -> None:
-    request = {**request_on(pico, tmp_path, [("a", 0, 5)]), "runtime": RUNTIME.model_dump()}
+@pytest.mark.parametrize(("own_process", "least"), [("0", 2), ("1", 4)])
+def test_what_works_for_a_run_does_not_outlive_it(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_process: str, least: int
+) -> None:
+    """The child, the process beside it, and on demand vLLM's engine and its worker."""
+    monkeypatch.setenv(OWN_PROCESS, own_process)
+    request = request_on(pico, tmp_path, [("a", 0, 5)])
     died = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(request)], cwd=ROOT, env=_environment(RUNTIME), timeout=200,
+        [sys.executable, "-c", KILLED, json.dumps(request), str(tmp_path / "out")], cwd=ROOT, timeout=200,
         stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     assert died.returncode == -signal.SIGKILL
-    (beside,) = died.stdout.splitlines()[-1].split()
-    assert ends(int(beside))
+    working = [int(pid) for pid in died.stdout.splitlines()[-1].split()]
+    assert len(working) >= least
+    assert all(map(ends, working))

@@ -13,10 +13,16 @@ from tasks.domain.recipe import Runtime
 from tasks.engines import child
 from tasks.engines.children.border import as_told
 from tests.conftest import pocket_pairs
+from tests.engines.test_distil import OWN_PROCESS, written
 
-# No device here can be filled: scoring finds no room for more than two sequences.
+# No device here can be filled: scoring finds no room for more than two sequences, vLLM for none.
 FULL = """
 import sys
+if {"tasks.engines.children.distil", "--multiprocessing-fork"} & set(sys.orig_argv):  # and the engine of its own
+    import torch
+    def embedding(*_arguments, **_settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    torch.nn.functional.embedding = embedding
 if "tasks.engines.children.score" in sys.orig_argv:
     import torch
     original = torch.nn.Embedding.forward
@@ -54,6 +60,20 @@ def test_batches_are_halved_until_they_fit(pico: Path, tmp_path: Path, monkeypat
         with pytest.raises(OutOfMemory, match="out of memory"):
             score("full")
     assert json.loads(score("halved"))["samples"] == json.loads(undisturbed)["samples"] == 8
+
+
+@pytest.mark.parametrize("own_process", ["0", "1"])
+def test_an_engine_short_of_memory_is_told_from_one_that_crashed(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_process: str
+) -> None:
+    """Of a process of its own, the child hears only that it died."""
+    (tmp_path / "sitecustomize.py").write_text(FULL)
+    monkeypatch.setattr(child, "_short_of_memory", type(child._short_of_memory)())
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(OWN_PROCESS, own_process)
+    with pytest.raises(OutOfMemory, match="out of memory"):
+        written(pico, tmp_path, [("a", 0, 5)])
+    assert child._short_of_memory["distil"] == 1
 
 
 @pytest.mark.parametrize(

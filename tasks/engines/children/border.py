@@ -7,23 +7,26 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.domain.errors import ConfigError, OutOfMemory, PipelineError, disk_full
+from tasks.domain.errors import ConfigError, OutOfMemory, PipelineError, device_full, disk_full
 
 Report = Callable[[float, str], None]
-Run = Callable[[dict[str, Any], Path, Report], None]
+Run = Callable[[dict[str, Any], Path, Report], object]
 
 GRAPH_SIZES = [1, 8, 32, 64, 128, 256, 512]  # sequences of a decode step; others are padded to the next
-FULL_DEVICE = ("less than desired GPU memory utilization", "CUDA error: out of memory")  # vLLM's and CUDA's own
 TOO_LONG = re.compile(r"max_model_len \((\d+)\) is greater than the derived max_model_len (\(.*?\))")  # vLLM's words
 CPU_PREFILL_TOKENS = 4096  # a batch; more only costs memory
 
 
 def serve(run: Run) -> None:
-    """Call `run(request, out, report)` with what the parent sent; tell the parent why it failed, if it does."""
+    """Call `run(request, out, report)` with what the parent sent; tell the parent why it failed, if it does.
+
+    What `run` returns is kept to the end: engines take seconds to be cleaned up.
+    """
     request = json.loads(Path(sys.argv[1]).read_text())
     with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8") as pipe:
 
@@ -31,28 +34,29 @@ def serve(run: Run) -> None:
             pipe.write(json.dumps(message) + "\n")
             pipe.flush()
 
-        out = Path(request["out"])
+        out, status = Path(request["out"]), 0
         out.mkdir(parents=True, exist_ok=True)
         try:
-            run(request, out, lambda done, text: say(done=done, text=text))
+            _kept = run(request, out, lambda done, text: say(done=done, text=text))
         except Exception as error:
+            status = 1
             full = disk_full(error, {"SDD_MIRROR": out, "TMPDIR": Path(tempfile.gettempdir())})
-            if not (told := full or as_told(error)):
-                raise
-            say(error=type(told).__name__, text=str(told))
-            sys.exit(1)
+            if told := full or as_told(error):
+                say(error=type(told).__name__, text=str(told))
+            else:
+                traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(0)  # the libraries take seconds to clean up what the system takes back anyway
+    # The libraries take seconds to clean up what the system takes back anyway, or wait for processes of their own.
+    os._exit(status)
 
 
 def as_told(error: Exception) -> PipelineError | None:
     """What the parent is to raise; None for errors that only the log explains."""
     if isinstance(error, PipelineError):
         return error
-    # torch's own error (torch is not imported for it), or the words for a device that others have filled.
-    if type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in FULL_DEVICE):
-        return OutOfMemory(f"{type(error).__name__}: {error}")
+    if device_full(said := f"{type(error).__name__}: {error}"):
+        return OutOfMemory(said)
     if long := TOO_LONG.search(str(error)):
         return ConfigError(f"max_length={long[1]} is more than the model's context window {long[2]}; lower it")
     return None
@@ -89,10 +93,10 @@ def _cache_bytes(checkpoint: Path, share: float) -> int:
 
     Raises ConfigError if they leave nothing.
     """
-    import torch
+    from vllm.platforms import current_platform  # torch would take the GPU for this process, which then cannot fork
 
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    memory = torch.cuda.get_device_properties(0).total_memory
+    memory = current_platform.get_device_total_memory()
     if share * memory <= weights:
         raise ConfigError(
             f"runtime.gpu_memory={share:.2f}: this share of the GPU's {memory / 1e9:.0f} GB is less than the model's "

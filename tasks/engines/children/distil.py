@@ -6,6 +6,7 @@ import atexit
 import hashlib
 import json
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,17 +29,18 @@ Rewritten = tuple["_Shard", Row, list[int], int, Any]  # prompt, attempt and wha
 SHARDS_AHEAD = 8  # whose prompts are token ids before the engine asks for them
 
 
-def distil(request: dict[str, Any], _out: Path, report: Report) -> None:
+def distil(request: dict[str, Any], _out: Path, report: Report) -> object:
     """request: checkpoint, rows (file), shards ([name, first row, row behind the last]), parts (folder), messages of
     the template, and the recipe's fields.
 
-    Writes <parts>/<name>.jsonl for every shard, whole or not at all, as soon as its last row is decided.
+    Writes <parts>/<name>.jsonl for every shard, whole or not at all, as soon as its last row is decided. Returns the
+    engine.
     """
     lines = json_lines(Path(request["rows"]))
     shards = [_Shard(name, [json.loads(line) for line in lines[first:end]]) for name, first, end in request["shards"]]
     # A process beside it makes prompts, reads and judges rewrites: on a GPU the engine's loop is short of time.
     with ProcessPoolExecutor(1, get_context("spawn"), _start_beside) as beside:
-        _rewrite(request, shards, beside, report)
+        return _rewrite(request, shards, beside, report)
 
 
 def _start_beside() -> None:
@@ -47,7 +49,9 @@ def _start_beside() -> None:
     atexit.register(os._exit, 0)  # the engine's process would wait for seconds of its libraries' cleaning up
 
 
-def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolExecutor, report: Report) -> None:
+def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolExecutor, report: Report) -> object:
+    # What the kernel sends when the parent has died ends vLLM's own processes too, which would go on for ever.
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
     waiting = _prompted(request, shards, beside)
     beside.submit(rejection, "1", "#### 1", "", "math", True, Rule(0, 1))  # brings its libraries meanwhile
     from vllm import LLM  # takes seconds, and not for the process beside, which imports this module too
@@ -93,7 +97,7 @@ def _rewrite(request: dict[str, Any], shards: list[_Shard], beside: ProcessPoolE
                 cases = [_case(row, output, rule) for _, row, _, _, output in rewritten]
                 judged.append((rewritten, beside.submit(_verdicts, request["checkpoint"], cases)))
         elif not judged:
-            break
+            return llm
         while judged and (judged[0][1].done() or not running):
             rewritten, verdicts = judged.popleft()
             for (shard, row, prompt, attempt, output), verdict in zip(rewritten, verdicts.result(), strict=True):
