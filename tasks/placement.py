@@ -43,7 +43,7 @@ def placement(preset: Preset) -> Iterator[Submit]:
     where = preset.runtime.engines_on
     if where == RAY:
         with ray_cluster() as cluster:
-            yield on_ray(cluster)
+            yield on_ray(cluster, preset.runtime)
     else:
         yield engines_on(where, preset) if where else here
 
@@ -85,16 +85,22 @@ def ray_cluster(**options: Any) -> Iterator[Any]:
             yield cluster
 
 
-def on_ray(cluster: Any) -> Submit:
+def on_ray(cluster: Any, runtime: Runtime) -> Submit:
     """Every stage as a task of the cluster; what needs a device has a GPU to itself, where there are any.
 
-    The rows are rewritten by as many tasks side by side as there are GPUs, else machines.
+    A fine-tuning has one for each of its processes. The rows are rewritten by as many tasks side by side as there are
+    GPUs, else machines. Raises ConfigError where no machine has enough GPUs: the cluster would wait for one for ever.
     """
     import ray
     from prefect_ray.context import remote_options
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    engines = gpus or sum(node["Alive"] for node in ray.nodes())
+    gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]  # of each machine
+    engines = sum(gpus) or len(gpus)
+    if any(gpus) and runtime.finetune_processes > max(gpus):
+        raise ConfigError(
+            f"runtime.finetune_processes={runtime.finetune_processes}: each needs a GPU of its own, and the largest "
+            f"machine of the cluster has {max(gpus)}; lower it"
+        )
 
     def run(name: str, stage_task: Task[..., Any], arguments: Sequence[Any], after: Sequence[Any] = ()) -> Any:
         engine = stage_task in ENGINES
@@ -102,7 +108,8 @@ def on_ray(cluster: Any) -> Submit:
             "name": name, "stage_task": stage_task, "_after": after,
             "arguments": arguments if engine else _without_device(arguments),
         }  # fmt: skip
-        with remote_options(num_gpus=1 if engine and gpus else 0):
+        needed = runtime.finetune_processes if stage_task is finetune else 1
+        with remote_options(num_gpus=needed if engine and any(gpus) else 0):
             return cluster.submit(run_on_ray, parameters)
 
     def submit(name: str, stage_task: Task[..., Any], *arguments: Any) -> Any:
