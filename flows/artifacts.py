@@ -37,6 +37,8 @@ from tasks.store.housekeeping import (
     unneeded,
 )
 
+WEEK = 168.0  # hours; longer than a run, whose artifacts no report names before its end
+
 
 def print_list(store: ArtifactStore, stage: str | None) -> int:
     entries = [entry for entry in listing(store, stage or "").values() if entry.is_artifact]
@@ -179,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("gc", help="remove what no report needs")
     command.add_argument("--newest", type=int, default=10, help="reports whose artifacts stay (10)")
     command.add_argument("--keep", action="append", default=[], metavar="RUN", help="and those of this flow run's")
-    command.add_argument("--hours", type=float, default=24.0, help="what is younger stays, too (24)")
+    command.add_argument("--hours", type=float, default=WEEK, help=f"what is younger stays, too ({WEEK:g}, a week)")
     command.add_argument("--delete", action="store_true", help="without it nothing is removed")
     options = parser.parse_args(arguments)
     try:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.artifacts import collect
+from flows.artifacts import WEEK, collect
 from tasks.store.artifacts import REPORTS, ArtifactStore
 
 
 @flow(name="collect-garbage", persist_result=False, log_prints=True)
-def collect_garbage(newest: int = 10, hours: float = 24.0, delete: bool = True) -> None:
-    """Keep what the newest reports reach, what is leased, and what is younger than so many hours with its inputs."""
+def collect_garbage(newest: int = 10, hours: float = WEEK, delete: bool = True) -> None:
+    """Keep what the newest reports reach, what is leased, and what is younger than so many hours with its inputs.
+
+    hours: more than the longest run takes; what it has made is in no report before its end.
+    """
     store = ArtifactStore.from_environment()
     store.check()
     if not store.fs.exists(f"{store.root}/{REPORTS}"):

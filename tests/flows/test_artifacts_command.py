@@ -52,10 +52,10 @@ def report(store: ArtifactStore, tmp_path: Path, run: str, stages: list[Stage]) 
 
 
 @pytest.fixture
-def tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store's clock is a day and a bit ahead, and the newer report is really the newer one for it."""
+def next_week(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store's clock is a week and a bit ahead, and the newer report is really the newer one for it."""
     real, changed = housekeeping._now, housekeeping._changed
-    monkeypatch.setattr(housekeeping, "_now", lambda store: real(store) + 25 * 3600)
+    monkeypatch.setattr(housekeeping, "_now", lambda store: real(store) + 169 * 3600)
     monkeypatch.setattr(housekeeping, "_changed", lambda info: changed(info) + 5 * ("run-new" in info["name"]))
 
 
@@ -174,11 +174,11 @@ def test_verify_finds_a_copy_that_rotted_on_this_machine(
         (("--newest", "1"), [OLD, LOOSE]),
         (("--newest", "1", "--keep", "run-old"), [LOOSE]),
         (("--newest", "0", "--keep", "run-old"), [NEW, LOOSE]),
-        (("--hours", "30"), []),
+        (("--hours", "170"), []),
     ],
 )
 def test_gc_removes_what_no_report_reaches(
-    store: ArtifactStore, capsys: pytest.CaptureFixture[str], tomorrow: None, arguments: tuple[str, ...],
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str], next_week: None, arguments: tuple[str, ...],
     removed: list[Stage],
 ) -> None:  # fmt: skip
     """The model stays with every run: each of them needs it, though only one report names it."""
@@ -196,7 +196,7 @@ def test_gc_removes_what_no_report_reaches(
 def test_gc_leaves_the_young_the_leased_and_what_is_being_made(
     store: ArtifactStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(capsys, "gc", "--delete")[1] == "0 B removed\n", "everything is younger than a day"
+    assert run(capsys, "gc", "--delete")[1] == "0 B removed\n", "everything is younger than a week"
     partial = Stage("prune", 1, {"blocks": 5}, {"model": MODEL}, "pico-n5")
     store.fs.makedirs(store.uri(partial), exist_ok=True)
     store.fs.pipe_file(f"{store.uri(partial)}/config.json", b"{")
@@ -211,26 +211,26 @@ def test_gc_leaves_the_young_the_leased_and_what_is_being_made(
 
 
 def test_gc_leaves_what_a_young_artifact_was_made_from(
-    store: ArtifactStore, tmp_path: Path, tomorrow: None, monkeypatch: pytest.MonkeyPatch
+    store: ArtifactStore, tmp_path: Path, next_week: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a run that goes on for days and has no report yet."""
     young = Stage("finetune", 1, {}, {"pruned": LOOSE}, "young")
     store.publish(young, produced(tmp_path / "young", {"adapter.safetensors": b"x"}), {}, 0)
     changed = housekeeping._changed
-    monkeypatch.setattr(housekeeping, "_changed", lambda info: changed(info) + 24 * 3600 * ("young" in info["name"]))
+    monkeypatch.setattr(housekeeping, "_changed", lambda info: changed(info) + 168 * 3600 * ("young" in info["name"]))
     assert [entry.address for entry in housekeeping.unneeded(store, 10, [], 2 * 3600)] == []
     assert {entry.address for entry in housekeeping.unneeded(store, 10, [], 0)} == {LOOSE.address, young.address}
 
 
 def test_gc_follows_a_lease_whose_holder_is_long_dead(
-    store: ArtifactStore, capsys: pytest.CaptureFixture[str], tomorrow: None
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str], next_week: None
 ) -> None:
     assert create(store.fs, f"{store.uri(LOOSE)}/{LEASE}", b'{"owner": "dead"}')
     assert "removed" in run(capsys, "gc", "--delete")[1]
     assert not objects(store, LOOSE.address)
 
 
-def test_gc_leaves_what_somebody_began_to_write_after_it_looked(store: ArtifactStore, tomorrow: None) -> None:
+def test_gc_leaves_what_somebody_began_to_write_after_it_looked(store: ArtifactStore, next_week: None) -> None:
     entries = housekeeping.unneeded(store, 10, [], 3600)
     assert [entry.address for entry in entries] == [LOOSE.address]
     with store.hold(LOOSE.address, lambda: False):
@@ -241,7 +241,7 @@ def test_gc_leaves_what_somebody_began_to_write_after_it_looked(store: ArtifactS
 
 
 def test_gc_that_was_suspended_and_overtaken_deletes_no_more(
-    store: ArtifactStore, tomorrow: None, monkeypatch: pytest.MonkeyPatch
+    store: ArtifactStore, next_week: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lease is lost after the first deletion."""
     (entry,) = housekeeping.unneeded(store, 10, [], 3600)
@@ -262,7 +262,7 @@ def test_gc_that_was_suspended_and_overtaken_deletes_no_more(
     ("arguments", "words"), [(("--keep", "run-none"), "no report of run run-none"), ((), "says what to keep")]
 )
 def test_gc_needs_to_know_what_to_keep(
-    store: ArtifactStore, capsys: pytest.CaptureFixture[str], tomorrow: None, arguments: tuple[str, ...], words: str
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str], next_week: None, arguments: tuple[str, ...], words: str
 ) -> None:
     if not arguments:
         store.fs.rm(f"{store.root}/reports", recursive=True)
@@ -272,7 +272,7 @@ def test_gc_needs_to_know_what_to_keep(
 
 
 def test_gc_stops_at_a_report_that_it_cannot_read(
-    store: ArtifactStore, capsys: pytest.CaptureFixture[str], tomorrow: None
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str], next_week: None
 ) -> None:
     store.fs.pipe_file(f"{store.root}/reports/run-new/report.json", b"{")
     status, text = run(capsys, "gc", "--delete")
