@@ -89,5 +89,6 @@ def random_model(folder: Path, hidden: int = 576, layers: int = 30, heads: int =
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.device(device()):
+        LlamaForCausalLM(config).save_pretrained(folder)
     return folder

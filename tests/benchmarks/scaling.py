@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ SIZES: dict[str, dict[str, list[int]]] = {
         "items": [1, 4, 16], "megabytes": [1, 8, 64, 512],
     },
     "gpu": {
-        "samples": [32, 128, 512, 2048], "rows": [256, 1024, 4096, 8192], "workers": [1, 2, 4, 8],
-        "trained": [64, 256, 1024, 4096], "items": [20, 80, 320], "megabytes": [1, 8, 64, 512],
+        "samples": [128, 512, 2048], "rows": [1024, 4096, 16384], "workers": [1, 2, 4, 8],
+        "trained": [256, 1024, 4096], "items": [20, 80, 320], "megabytes": [1, 8, 64, 512],
     },
 }  # fmt: skip
 OF_EACH_MODEL = {"samples": 16, "trained": 8}
@@ -203,6 +203,15 @@ def exponent(points: Points) -> float:
     return round(math.log(longest / less) / math.log(most / before), 2)
 
 
+def apart(values: Iterable[float]) -> list[float]:
+    """Those far enough from the next smaller one for a label of their own."""
+    chosen: list[float] = []
+    for value in sorted(values):
+        if not chosen or value > 1.15 * chosen[-1]:
+            chosen.append(value)
+    return chosen
+
+
 def draw(sweeps: dict[str, Points], file: Path) -> None:
     import matplotlib as mpl
 
@@ -219,7 +228,8 @@ def draw(sweeps: dict[str, Points], file: Path) -> None:
             axis.loglog(amounts, [seconds[-1] * amount / amounts[-1] for amount in amounts], ls=":", color="#999999")
         axis.set(title=f"{stage}, exponent {exponent(points):g}", xlabel=grows, ylabel="seconds")
         axis.set_xticks(amounts, [f"{amount / 1e6:.0f}M" if amount >= 1e6 else f"{amount:g}" for amount in amounts])
-        axis.set_yticks(seconds, [f"{each:.3g}" for each in seconds])
+        ticks = apart(seconds)
+        axis.set_yticks(ticks, [f"{each:.3g}" for each in ticks])
         axis.minorticks_off()
         axis.grid(visible=True, alpha=0.25)
     for axis in axes.flat[len(sweeps) :]:

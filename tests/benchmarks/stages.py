@@ -437,8 +437,10 @@ def evaluate(folder: Path, model: Path) -> None:
     def ours() -> None:
         run_child("evaluate", request, folder / f"out-{next(numbers)}", runtime, lambda _done, _text: None)
 
+    theirs_alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if gpus() else {}  # vLLM's default; ours has one process
+
     def theirs() -> None:
-        subprocess.run(command, env=_environment(runtime), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, env=_environment(runtime) | theirs_alone, check=True, stdout=subprocess.DEVNULL)
 
     if gpus():  # the first vLLM on a machine compiles its kernels, for a minute
         first = {**request, "tasks": {"hellaswag": {**tasks["hellaswag"], "limit": 1}}}
