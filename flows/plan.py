@@ -95,7 +95,7 @@ def build_plan(preset: Preset) -> Plan:
     )  # fmt: skip
     pruned = Stage("prune", 2, preset.prune.model_dump(mode="json"), {"model": model, "score": distances}, cut)
     distilled = Stage(
-        "distil", 3,
+        "distil", 4,
         {**preset.distil.model_dump(mode="json"), "messages": preset.distil.messages(),
          **library_versions("vllm", "math-verify")},
         {"model": model, "rows": rows}, slug,

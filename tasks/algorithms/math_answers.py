@@ -1,9 +1,13 @@
-"""Worked answers: whether two come to the same result, and whether the steps are shown (paper, section 2.2)."""
+"""Worked answers: whether two come to the same result, the steps are shown, and their sums are right (section 2.2)."""
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
+from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")  # GSM8K's
 FINAL_ANSWER = re.compile(r"^####\s*(\S.*)", re.M)  # likewise
@@ -34,6 +38,32 @@ DENIED = re.compile(
 SCALE = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 SCALED = re.compile(rf"(?<![\d,.])(\d[\d,]{{0,20}}(?:\.\d{{1,9}})?) ({'|'.join(SCALE)})\b", re.I)
 MIXED = re.compile(r"(?<![\d./])(\d{1,15}) (\d{1,9})/(\d{1,9})(?![\d/])")
+SCALE_WORDS = rf"{'|'.join(SCALE)}|hundred|dozen|percent|cents?"
+NO_UNIT = rf"(?:{SCALE_WORDS}|and|or|plus|minus|times|of|is|so|to|a|an|the|pi)\b"
+UNIT = rf"(?: ?/? ?(?!{NO_UNIT})[a-z]{{2,}}){{0,4}}+"  # of a quantity: "3 apples per basket", "$3/hour"
+FIGURE = r"(?:\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})%?"
+TERM = rf"\({{0,3}}+{FIGURE}{UNIT}\){{0,3}}+"
+EQUATION = re.compile(
+    r"(?<![\w.,)%/*+^:(-])(?<![)%/*+^\d(-] )(?<!\bof )(?<!\btimes )"
+    rf"(?P<left>{TERM}(?: ?[-+*/] ?{TERM}){{1,20}}+) ?= ?(?P<right>-?{FIGURE})"
+    rf"(?![\w^]|[.,]\d| \d| (?:{SCALE_WORDS})\b|{UNIT} ?[-+*/^(] ?[\d(a-z.])",
+    re.I,
+)
+PLAIN_SUMS = (  # sums in LaTeX and in prose, as EQUATION reads them
+    (CALCULATOR_MARK, ""),
+    (re.compile(r"\\text\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}"), r"((\1)/(\2))"),
+    (re.compile(r"\\(?:left|right|[()\[\],;!%])|\\?[$\u20ac\u00a3{}]|(?<!\d)\*\*|\*\*(?!\d)"), ""),
+    (re.compile(r"\\times|\\cdot|[\u00d7\u00b7]|(?<=[\da-z)%] )[xX](?= [\d(.])|(?<=\d)[xX](?=\d)"), "*"),
+    (re.compile(r"\\div|\u00f7"), "/"),
+    (re.compile(r"[\u2212\u2013]"), "-"),
+    (re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"[ \t]+"), " "),
+)
+OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+}  # fmt: skip
+ROUNDING = Fraction(1, 200)  # of the value; less than one of the last digit shown is rounding too
 LONGEST_CONCLUSION = 300  # letters; what is longer is none
 MIN_STEP_SHARE = 0.5  # of the reference's intermediate results that a worked answer must show
 
@@ -46,6 +76,42 @@ def shows_steps(text: str, reference: str, prompt: str) -> bool:
     numbers = _numbers(reference)
     intermediate = set(numbers) - set(_numbers(prompt)) - set(numbers[-1:])
     return len(intermediate & set(_numbers(text))) >= MIN_STEP_SHARE * len(intermediate)
+
+
+def has_false_equation(text: str) -> bool:
+    """Whether the two sides of an equation of plain numbers, with units or without, differ by more than rounding.
+
+    What may be right in some reading is let pass: per cent for hundredths, "a / b / c", and a proper fraction by
+    itself, as in "1/2 hour = 30 minutes".
+    """
+    for pattern, plain in PLAIN_SUMS:
+        text = pattern.sub(plain, text)
+    return any(_is_false(equation["left"], equation["right"]) for equation in EQUATION.finditer(text))
+
+
+def _is_false(left: str, right: str) -> bool:
+    left = re.sub(r" ?/? ?[a-z]+", "", left, flags=re.I)
+    left = left if left.count("(") == left.count(")") else left.strip("()")
+    shown, percent = Fraction(right.rstrip("%")), right.endswith("%")
+    try:
+        as_numbers = _value(left.replace("%", ""))
+        as_hundredths = _value(re.sub(r"([\d.]+)%", r"(\1/100)", left)) * (100 if percent else 1)
+    except (SyntaxError, ZeroDivisionError):
+        return False
+    signs = re.findall(r"[-+*/]", left)
+    if signs.count("/") > 1 or (signs == ["/"] and as_numbers < 1):
+        return False
+    readings = {as_numbers, as_hundredths} if percent or "%" in left else {as_numbers}
+    last_digit = Fraction(1, 10 ** len(right.rstrip("%").partition(".")[2]))
+    return all(abs(value - shown) >= max(last_digit, ROUNDING * abs(value)) for value in readings)
+
+
+def _value(sums: str | ast.expr) -> Fraction:
+    node = ast.parse(sums, mode="eval").body if isinstance(sums, str) else sums
+    if isinstance(node, ast.BinOp):
+        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    assert isinstance(node, ast.Constant)
+    return Fraction(repr(node.value))
 
 
 def _numbers(text: str) -> list[Decimal]:

@@ -1,7 +1,7 @@
 """Which rewrites are kept (paper, section 2.2: conditional selection).
 
-Math rows: only with the reference's final answer. Open requests: any sound text. What is not kept
-falls back to the reference answer, so that no row is lost.
+Math rows: only with the reference's final answer, its steps, and no false sums. Open requests: any sound text. What is
+not kept falls back to the reference answer, so that no row is lost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.algorithms.math_answers import letters_of, same_answer, shows_steps
+from tasks.algorithms.math_answers import has_false_equation, letters_of, same_answer, shows_steps
 
 REFUSAL = re.compile(
     r"""^\W* (?:(?:unfortunately|but|regrettably|hello|oh|no) \W+)? (?:
@@ -82,6 +82,8 @@ def rejection(rewrite: str, reference: str, prompt: str, kind: str, finished: bo
             return "other final answer"
         if not shows_steps(text, reference, prompt):
             return "no steps"
+        if has_false_equation(text) and not has_false_equation(reference):
+            return "wrong arithmetic"  # the model is shown the final answer, and some steps only seem to lead there
     return None
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from fractions import Fraction
 
-from tasks.algorithms.math_answers import same_answer, shows_steps
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.algorithms.math_answers import has_false_equation, same_answer, shows_steps
 
 PROMPT = "Of 4 boys and 9 girls each has 12 apples and 7 pears."
 
@@ -29,6 +33,87 @@ PROMPT = "Of 4 boys and 9 girls each has 12 apples and 7 pears."
 )
 def test_shows_steps(text: str, reference: str, shown: bool) -> None:
     assert shows_steps(text, reference, "10 and 2 and 8") == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3 + 4 = 8",
+        "So 3 + 4 = 8, and it is 8.",
+        "That is 2 * (3 + 4) = 13 dollars.",
+        "(3 + 4 = 8)",
+        "12 slices per pizza * 2 pizzas - 4 slices = 21 slices",
+        "$1,200 - $200 = $900",
+        "7 hours x $5/hour = $30",
+        "6\u00d77=41 and 41 \u00f7 41 = 1",
+        r"\(6 \times 7 = 41\)",
+        r"\[ \frac{450}{45} = 11 \]",
+        r"$64 \text{ apples} + 4 \text{ apples} = 86$",
+        r"\[ \frac{450 \text{ kg}}{45} = 11 \]",
+        "10 \u2212 3 = 6",
+        "5*4=<<5*4=20>>21",
+        "x = 2 + 3 = 6",
+        "2 * 3 = 6 and 6 - 7 = 1",
+        "10 / 3 = 3.2",
+        "80% - 30% = 40%",
+        "50 * 20% = 11",
+        "**Total**: 3 + 4 = 8",
+    ],
+)
+def test_false_equations(text: str) -> None:
+    assert has_false_equation(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3 + 4 = 7",
+        "2 * (3 + 4) = 14",
+        "12 slices per pizza * 2 pizzas - 4 slices = 20 slices",
+        "$1,200 - $200 = $1,000.00",
+        "10 / 3 = 3.33 and 10 / 3 = 3.3 and 10 / 3 = 3",
+        "200000 / 3 = 66,667",
+        "80% - 30% = 50%, 50 * 20% = 10, 120 * (1 - 20%) = 96, 3 / 4 * 100 = 75%, 1 / 4 = 25%, 75% * 80% = 60%",
+        "2 * 3 + 1 = 6 + 1 = 7",  # the first "=" does not end the sum
+        "12 slices - 3 slices = 10 slices - 1 slice",
+        "2x + 3 = 11",
+        "3 + x = 5",
+        "2 * pi * 3 = 18.84",
+        "3 + 5\u00b2 = 28 and 3 + 5^2 = 28 and 3 + 5**2 = 28 and 5 ** 2 = 25",
+        "60 / 2 / 3 = 90",  # 60 / (2 / 3)
+        "1/2 hour = 30 minutes",
+        "2 1/2 + 1 = 3 1/2",
+        "half of 3 + 5 = 4 * 1",
+        "20% of 50 + 5 = 15",
+        "2000 * 1000 = 2 million",
+        "3 dozen + 4 = 40",
+        "5 quarters * 25 = 125 cents",
+        "3 / 0 = 0",
+        "3 + 4 equals 8",
+        "3:4 + 1 = 9",
+        "(((" * 200 + "3 + 4",
+        "1 + " * 500 + "1 = 3",
+        "",
+    ],
+)
+def test_equations_that_hold_or_are_not_understood(text: str) -> None:
+    assert not has_false_equation(text)
+
+
+@given(data=st.data())
+def test_sums_against_python(data: st.DataObject) -> None:
+    numbers = data.draw(st.lists(st.integers(1, 999), min_size=2, max_size=5))
+    signs = data.draw(st.lists(st.sampled_from("+-*/"), min_size=len(numbers) - 1, max_size=len(numbers) - 1))
+    left, exact = str(numbers[0]), f"Fraction({numbers[0]})"
+    for sign, number in zip(signs, numbers[1:], strict=True):
+        left += f" {sign} {number}"
+        exact += f" {sign} Fraction({number})"
+    value = eval(exact, {"Fraction": Fraction})  # digits and signs, as drawn above
+    off = data.draw(st.sampled_from([2, -2]))
+    one_reading = signs.count("/") <= 1 and not (signs == ["/"] and value < 1)
+    assert not has_false_equation(f"so {left} = {float(value):.3f} apples")
+    wrong = value + off + off * abs(value) / 10
+    assert has_false_equation(f"so {left} = {float(wrong):.3f} apples") == one_reading
 
 
 def test_numbers_of_the_prompt_are_no_steps() -> None:

@@ -215,3 +215,11 @@ def test_other_final_answer() -> None:
 def test_no_steps() -> None:
     assert math_reason("After thinking about it for a long while one sees that the answer is 29.") == "no steps"
     assert math_reason("After thinking about 36 of them for a long while the answer is 29.") is None
+
+
+def test_wrong_arithmetic() -> None:
+    wrong = f"As 3 * 12 = 35, so to say 36. {MATH_SOUND}"
+    assert math_reason(f"{MATH_SOUND} Indeed 36 - 7 = 29.") is None
+    assert math_reason(wrong) == "wrong arithmetic"
+    slip = f"3 * 12 = 35\n{MATH_REFERENCE}"  # is not held against its rewrite
+    assert reason(wrong, reference=slip, prompt=MATH_PROMPT, kind="math") is None
