@@ -61,9 +61,9 @@ def asked(task: str, settings: dict[str, Any], folder: Path) -> list[tuple[Any, 
     names = _write_yamls(task, settings, folder)
     if task == "mmlu":
         names = names[:3]
-    recorder = Recorder()
+    recorder, manager = Recorder(), TaskManager(include_path=str(folder), include_defaults=False)
     lm_eval.simple_evaluate(
-        model=recorder, tasks=names, task_manager=TaskManager(include_path=str(folder)), limit=2, bootstrap_iters=0,
+        model=recorder, tasks=names, task_manager=manager, limit=2, bootstrap_iters=0,
         num_fewshot=min(BENCHMARKS[task].shots, 4), random_seed=0, numpy_random_seed=0, torch_random_seed=0,
         fewshot_random_seed=1234,
     )  # fmt: skip
