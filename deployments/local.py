@@ -47,13 +47,24 @@ PREFECT_SETTINGS = {
 }
 
 
+# boto would combine them with the embedded store's own.
+FOREIGN_S3 = (
+    "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_ENDPOINT_URL_S3",
+    "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "FSSPEC_S3",
+)  # fmt: skip
+
+
 @contextmanager
 def environment(*, prefect: bool) -> Iterator[None]:
     """Set the variables of the store and, if asked for, of the Prefect API; start what nobody named."""
     with ExitStack() as stack:
         os.environ.setdefault("SDD_MIRROR", str(STATE / "mirror"))
         os.environ.setdefault("SDD_HOME", str(Path(__file__).parents[1]))  # where workers find the code
+        direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (direct, "127.0.0.1")))
         if "SDD_STORE" not in os.environ:
+            for name in FOREIGN_S3:
+                os.environ.pop(name, None)
             os.environ.update(stack.enter_context(_s3()))
         if prefect:
             for name, value in PREFECT_SETTINGS.items():

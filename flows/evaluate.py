@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
+from prefect.runtime import flow_run
 
 from flows.artifacts import find_entry
 from flows.plan import benchmark_items, evaluations
@@ -41,6 +42,7 @@ def evaluate_checkpoint(checkpoint: str, settings: Evaluate, runtime: Runtime = 
         items = load_benchmarks.submit(wheel, settings.benchmarks) if wheel else None
         slug = manifest.address.split("/")[1][: -KEY_LENGTH - 1]
         stages = evaluations(settings, published(manifest, slug), slug)
+        store.announce(str(flow_run.id), [published(manifest, slug), *stages.values(), *([wheel] if wheel else [])])
         refs = evaluate.submit(stages, slug, ref_of(store, manifest, "hit"), items, settings, runtime).result()
     scores = {task: ref["facts"] for task, ref in refs.items()}
     fields = ("metric", "value", "stderr", "items")

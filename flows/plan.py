@@ -120,7 +120,7 @@ def build_plan(preset: Preset) -> Plan:
     if held_out := preset.evaluate.held_out:
         recipe = {**_held_out_recipe(held_out), **transformers}
         drifts = {
-            role: Stage("drift", 1, recipe, {"model": model, "checkpoint": checkpoint, "rows": rows}, name)
+            role: Stage("drift", 2, recipe, {"model": model, "checkpoint": checkpoint, "rows": rows}, name)
             for role, (name, checkpoint) in checkpoints.items()
         }
     return Plan(model, rows, benchmarks, distances, pruned, distilled, adapters, merged, scores, drifts)

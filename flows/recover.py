@@ -23,6 +23,7 @@ from typing import Any
 
 from prefect import flow
 from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from deployments.local import environment
@@ -62,6 +63,7 @@ def recover(preset: Preset, refresh: Sequence[str] = ()) -> str:
     check(preset, refresh)
     plan = build_plan(preset)
     set_aside(plan, refresh)
+    ArtifactStore.from_environment().announce(str(flow_run.id), [stage for _, stage in plan.stages()])
     with placement(preset) as submit, children_end_with_the_run():
         futures = submit_stages(preset, plan, submit)
         results = {name: future.result() for name, future in futures.items() if future is not None}

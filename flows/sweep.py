@@ -105,15 +105,16 @@ def compared(found: Sequence[tuple[Point, Report]]) -> Iterator[dict[str, Any]]:
 
 def arms(found: Sequence[tuple[Point, Report]]) -> Iterator[dict[str, Any]]:
     """Whether SDD beats SFT: a line for each number of blocks and rows, every item's score averaged over the seeds."""
-    groups: dict[tuple[int, int], list[Report]] = {}
-    for (blocks, _, _), report in found:
-        groups.setdefault((blocks, report["dataset"]["rows"]), []).append(report)
-    for (blocks, rows), reports in groups.items():
+    groups: dict[tuple[int, int | None], list[Report]] = {}
+    for (blocks, _, rows), report in found:
+        groups.setdefault((blocks, rows), []).append(report)
+    for (blocks, _), reports in groups.items():
         sdd, sft = mean_items("sdd", reports), mean_items("sft", reports)
         gap = compare_arms(sdd, sft)
         low, high = gap["interval"]
         yield {
-            "blocks": blocks, "rows": rows, "seeds": len(reports), "sft": average(sft), "sdd": average(sdd),
+            "blocks": blocks, "rows": reports[0]["dataset"]["rows"], "seeds": len(reports),
+            "sft": average(sft), "sdd": average(sdd),
             "difference": gap["value"], "interval_low": low, "interval_high": high, "statement": gap["statement"],
         }  # fmt: skip
 

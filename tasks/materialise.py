@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from httpx import HTTPError
 from prefect.artifacts import create_link_artifact, create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 from prefect.states import Completed, State
@@ -153,11 +154,12 @@ def progress_artifact(stage: Stage) -> Progress:
         if now - shown["at"] < PROGRESS_SECONDS and percent < 100:
             return
         shown["at"] = now
-        if shown["id"] is None:
-            shown["id"] = create_progress_artifact(percent, key=_artifact_key(stage, "progress"), description=text)
-        else:
-            assert isinstance(shown["id"], UUID)
-            update_progress_artifact(shown["id"], percent, description=text)
+        with suppress(HTTPError):  # a server that is away must not end the work that it would show
+            if shown["id"] is None:
+                shown["id"] = create_progress_artifact(percent, key=_artifact_key(stage, "progress"), description=text)
+            else:
+                assert isinstance(shown["id"], UUID)
+                update_progress_artifact(shown["id"], percent, description=text)
 
     return progress
 

@@ -31,6 +31,7 @@ from tasks.domain.recipe import LOW_RECOVERY, Preset
 from tasks.domain.stage import json_lines
 from tasks.evaluate import item_scores
 from tasks.materialise import Ref, folder_of
+from tasks.policies import STAGE
 from tasks.report_page import interval, percent, render
 from tasks.store.artifacts import ArtifactStore, code_commit
 from tasks.store.sources import model_revision
@@ -40,7 +41,7 @@ SCORE = ("metric", "value", "stderr", "items", "lenient_value")
 SHOWN_ROWS = {"accepted": 6, "kept_original": 4, "failed": 2}
 
 
-@task(task_run_name="report", persist_result=False)
+@task(task_run_name="report", **STAGE)
 def write_report(
     preset: Preset, stages: Mapping[str, Ref], scores: Mapping[str, Mapping[str, Ref]], started: datetime
 ) -> str:

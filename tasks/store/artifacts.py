@@ -19,7 +19,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -44,6 +44,7 @@ MANIFEST = "manifest.json"
 LEASE = "lease.json"
 QUARANTINE = "quarantine"
 REPORTS = "reports"
+PLANS = "plans"  # <run>.json with the keys of the stages of a run that began
 NEWEST = "newest"
 PATIENCE_SECONDS = 300.0  # how long finished work waits for a store that is away, before it is lost
 LONGEST_PAUSE = 15.0  # seconds between two tries
@@ -327,6 +328,12 @@ class ArtifactStore:
             if path.count("/") == 1 and path.endswith(f"/{MANIFEST}")
         }
         return self.manifest_at(f"{self.root}/{name}/{max(written, key=written.__getitem__)}") if written else None
+
+    def announce(self, run_id: str, stages: Iterable[Stage]) -> None:
+        """Tell garbage collection what a run needs: of what it takes as it is, nothing else shows that."""
+        note = json.dumps([stage.key for stage in stages]).encode()
+        with suppress(FileNotFoundError):  # no bucket yet, and so nothing to collect
+            self.patiently(partial(self.fs.pipe_file, f"{self.root}/{PLANS}/{run_id}.json", note))
 
     def upload_report(self, folder: Path, run_id: str) -> str:
         """Copy a run's report beside the artifacts; return its URI."""

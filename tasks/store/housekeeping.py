@@ -15,7 +15,7 @@ from typing import Any
 
 from tasks.domain.errors import ArtifactError, ConfigError
 from tasks.domain.stage import KEY_LENGTH, Stage, changed_fields
-from tasks.store.artifacts import CHUNK, LEASE, MANIFEST, QUARANTINE, REPORTS, ArtifactStore, Manifest
+from tasks.store.artifacts import CHUNK, LEASE, MANIFEST, PLANS, QUARANTINE, REPORTS, ArtifactStore, Manifest
 from tasks.store.mirror import ENTRY, sha256_of
 from tasks.store.parts import PARTS
 
@@ -130,10 +130,12 @@ def unneeded(store: ArtifactStore, newest: int, runs: Sequence[str], age: float)
     """Artifacts that neither the `newest` reports nor those of `runs` reach, and uploads that broke off.
 
     age: seconds; what changed less than this ago stays with all that it was made from, as a run may still be going on,
-    and so does whatever somebody holds a lease on.
+    and so does what a run needs that began since then, and whatever somebody holds a lease on.
     Raises ConfigError when a report of `runs` is not there, ArtifactError when one cannot be read.
     """
-    keep, entries, now = _reported(store, newest, runs), listing(store), _now(store)
+    now = _now(store)
+    keep = _reported(store, newest, runs) | _planned(store, now - age)
+    entries = listing(store)
     found = dict(manifests(store, [address for address, entry in entries.items() if entry.is_artifact]))
     inputs = {m.key: m.identity["inputs"].values() for m in found.values() if isinstance(m, Manifest)}
     keep |= {m.key for address, m in found.items() if isinstance(m, Manifest) and now - entries[address].changed <= age}
@@ -151,11 +153,14 @@ def unneeded(store: ArtifactStore, newest: int, runs: Sequence[str], age: float)
 
 
 def stale_pieces(store: ArtifactStore) -> dict[str, int]:
-    """Pieces of unfinished stages (tasks/store/parts.py) that nobody wrote for PIECES_KEPT, and their bytes."""
+    """Pieces of unfinished stages (tasks/store/parts.py) and plans of runs that nobody wrote for PIECES_KEPT, and their
+    bytes.
+    """
     now = _now(store)
     return {
-        f"{PARTS}/{name}": info["size"]
-        for name, info in store.objects(PARTS).items()
+        f"{folder}/{name}": info["size"]
+        for folder in (PARTS, PLANS)
+        for name, info in store.objects(folder).items()
         if now - _changed(info) > PIECES_KEPT
     }
 
@@ -195,6 +200,12 @@ def _reported(store: ArtifactStore, newest: int, runs: Sequence[str]) -> set[str
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path} cannot be read ({error!r}); remove it if its artifacts may go") from None
     return keys
+
+
+def _planned(store: ArtifactStore, since: float) -> set[str]:
+    """Keys of all stages of the runs that began since then."""
+    plans = [name for name, info in store.objects(PLANS).items() if _changed(info) >= since]
+    return {key for name in plans for key in json.loads(store.fs.cat_file(f"{store.root}/{PLANS}/{name}"))}
 
 
 def _changed(info: dict[str, Any]) -> float:

@@ -33,19 +33,22 @@ class Parts:
         self.stored: dict[str, int] = {}  # name -> time of the version that the store has
 
     def fetch(self) -> None:
-        """Bring what the store has and this machine has not; drop what the store had and has no more."""
-        gone, asked = set(self.names), time.time()
+        """Bring what the store has and this machine has not, or has an older version of; drop what the store had and
+        has no more.
+        """
+        gone, found, asked = set(self.names), set[str](), time.time()
         for path in self._stored_versions(f"{PARTS}/{self.stage}"):
             name, _, digest = path.rpartition("/")
             gone.discard(name)
-            if name in self.names and ((self.folder / name).exists() or self._download(name, digest)):
+            if name in self.names and name not in found and (self._has(name, digest) or self._download(name, digest)):
+                found.add(name)
                 self.stored[name] = (self.folder / name).stat().st_mtime_ns
         for name in gone:
             self.stored.pop(name, None)
             with suppress(FileNotFoundError):
-                found = (self.folder / name).stat()
+                here = (self.folder / name).stat()
                 # Another run on this machine may have committed one since the store was asked.
-                if found.st_mode == COMMITTED and found.st_ctime < asked:
+                if here.st_mode == COMMITTED and here.st_ctime < asked:
                     (self.folder / name).unlink()
 
     @contextmanager
@@ -78,6 +81,11 @@ class Parts:
         for name in self.names:
             (self.folder / name).unlink(missing_ok=True)
             self._remove_versions(name)
+
+    def _has(self, name: str, digest: str) -> bool:
+        """Whether this machine's piece is that version, or is newer, since no store has it yet."""
+        piece = self.folder / name
+        return piece.exists() and (piece.stat().st_mode != COMMITTED or sha256_of(piece) == digest)
 
     def _missing(self) -> list[str]:
         return [name for name in self.names if not (self.folder / name).exists()]

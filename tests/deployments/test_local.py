@@ -14,6 +14,7 @@ import pytest
 
 from deployments import local
 from tasks.domain.errors import PipelineError
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -94,3 +95,16 @@ def test_a_commands_status_is_passed_on() -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_what_the_user_has_set_for_other_servers_does_not_reach_the_embedded_ones(tmp_path: Path) -> None:
+    foreign = {
+        "AWS_SESSION_TOKEN": "of another account", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_PROFILE": "none",
+        "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true", "http_proxy": "http://127.0.0.1:9", "no_proxy": "localhost",
+    }  # fmt: skip
+    kept = {name: value for name, value in os.environ.items() if name != "SDD_STORE" and not name.startswith("AWS_")}
+    listed = subprocess.run(
+        [sys.executable, "-m", "flows.artifacts", "list"], cwd=ROOT, text=True, capture_output=True, check=False,
+        env={**kept, **foreign, "SDD_STATE": str(tmp_path / "state"), "SDD_MIRROR": str(tmp_path / "mirror")},
+    )  # fmt: skip
+    assert listed.returncode == 0, listed.stderr

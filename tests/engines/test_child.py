@@ -809,9 +809,10 @@ def test_the_merged_checkpoint_computes_what_the_adapter_does(trained: list[Path
     assert not list(out.glob("adapter*"))
 
 
-def test_a_merge_keeps_type_and_head_of_the_pruned_model(tmp_path: Path, rows: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_merge_keeps_type_and_head_of_the_pruned_model(tmp_path: Path, rows: Path, dtype: torch.dtype) -> None:
     base = build_pico(tmp_path / "loose", tie_word_embeddings=False)
-    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
     for name in ("span.json", "candidates.json"):
         (base / name).write_text("{}")
     finetune(finetune_request(base, rows, epochs=2.0), tmp_path / "adapter", quiet)

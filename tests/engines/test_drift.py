@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,41 @@ def test_perplexity_and_divergence_equal_the_sums(
     assert found["tokens"] == count == 124
     assert found["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
     assert found["kl_to_unpruned"] == pytest.approx(divergence / count, rel=1e-4)
+
+
+def starting(folder: Path, pico: Path) -> Path:
+    """The model with a tokenizer that sets a start token before every text, as those of Llama 3 and Gemma do."""
+    from tokenizers.processors import TemplateProcessing
+
+    shutil.copytree(pico, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).encode("") == [tokenizer.bos_token_id]
+    return folder
+
+
+@torch.inference_mode()
+def test_every_window_follows_the_tokenizers_start_token(pico: Path, tmp_path: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(pico).eval(), AutoTokenizer.from_pretrained(pico)
+    ids = tokenizer.encode("\n\n".join(TEXTS), add_special_tokens=False)
+    nll = 0.0
+    for window in (ids[start : start + 32] for start in range(0, 128, 32)):
+        logprobs = model(input_ids=torch.tensor([[tokenizer.bos_token_id, *window]])).logits[0].log_softmax(-1)
+        nll -= sum(float(logprobs[place, token]) for place, token in enumerate(window))
+    found = measured(starting(tmp_path / "starting", pico), pico, tmp_path / "out")
+    assert found["tokens"] == 128
+    assert found["perplexity"] == pytest.approx(math.exp(nll / 128), rel=1e-4)
+
+
+def test_the_checkpoints_penalties_have_no_part_in_what_it_samples(other: Path, tmp_path: Path) -> None:
+    penalising = tmp_path / "penalising"
+    shutil.copytree(other, penalising)
+    file = penalising / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "repetition_penalty": 5.0}))
+    assert measured(penalising, penalising, tmp_path / "a") == measured(other, other, tmp_path / "b")
 
 
 def test_the_unpruned_model_has_no_divergence_from_itself(pico: Path, tmp_path: Path) -> None:

@@ -222,6 +222,22 @@ def test_gc_leaves_what_a_young_artifact_was_made_from(
     assert {entry.address for entry in housekeeping.unneeded(store, 10, [], 0)} == {LOOSE.address, young.address}
 
 
+def test_gc_leaves_what_a_run_that_has_begun_takes_as_it_is(
+    store: ArtifactStore, next_week: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hit changes nothing in the store, and what is made next to it need not be made from it."""
+    store.announce("run-going-on", [LOOSE])
+    changed = housekeeping._changed
+    young = 168 * 3600
+    monkeypatch.setattr(housekeeping, "_changed", lambda info: changed(info) + young * ("going-on" in info["name"]))
+    assert [entry.address for entry in housekeeping.unneeded(store, 10, [], 2 * 3600)] == []
+    assert housekeeping.stale_pieces(store) == {}
+    young = 0
+    assert [entry.address for entry in housekeeping.unneeded(store, 10, [], 2 * 3600)] == [LOOSE.address]
+    monkeypatch.setattr(housekeeping, "PIECES_KEPT", 0.0)
+    assert list(housekeeping.stale_pieces(store)) == ["plans/run-going-on.json"]
+
+
 def test_gc_follows_a_lease_whose_holder_is_long_dead(
     store: ArtifactStore, capsys: pytest.CaptureFixture[str], next_week: None
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import get_client
@@ -228,6 +229,29 @@ def test_an_engine_that_fills_the_disk_is_not_retried_and_goes_on_once_there_is_
     enlarge(small_disk)
     assert (folder_of(run()) / "model.safetensors").stat().st_size > 2**19
     assert computed == ["merge", "merge"]
+
+
+def test_a_server_that_cannot_show_progress_ends_no_stage(
+    stack: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outage is a stand-in: the client's own tries last more than a minute."""
+    monkeypatch.setattr("tasks.materialise.PROGRESS_SECONDS", 0)
+    asked: list[float] = []
+
+    def away(percent: float, **_fields: Any) -> None:
+        asked.append(percent)
+        raise httpx.ConnectError("nobody there")
+
+    @flow(persist_result=False)
+    def run() -> None:
+        show = progress_artifact(Stage("upload", 1, {"test": uuid4().hex}, slug="pico"))
+        with monkeypatch.context() as patched:
+            patched.setattr("tasks.materialise.create_progress_artifact", away)
+            show(0.1, "begun")
+        show(0.2, "the server is back")
+
+    run()
+    assert asked == [10.0]
 
 
 def test_a_long_transfer_moves_the_bar_on_the_runs_page(stack: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

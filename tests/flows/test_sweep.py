@@ -37,6 +37,14 @@ def test_every_item_counts_with_its_mean_over_the_seeds(tmp_path: Path, monkeypa
     assert (alone["sft"], alone["sdd"], alone["interval_high"]) == (0.25, 0.75, 1.0)
 
 
+def test_sizes_beyond_what_the_dataset_has_are_lines_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.sweep.folder_of", lambda ref: Path(ref["uri"]))
+    lines = list(arms([((6, 0, wanted), report(tmp_path, 0, 12)) for wanted in (10, 20)]))
+    assert [(line["rows"], line["seeds"]) for line in lines] == [(12, 1), (12, 1)]
+
+
 def test_a_wrong_point_is_refused_by_its_setting() -> None:
     with pytest.raises(ConfigError, match=r"^preset demo-cpu: prune\.blocks=0: "):
         changed(load_preset("demo-cpu"), 0, 0, None)

@@ -39,6 +39,25 @@ def test_what_one_machine_finished_another_finds(store: ArtifactStore, tmp_path:
     assert {path.name: path.read_text() for path in second.folder.iterdir()} == {"a.jsonl": "finished"}
 
 
+def test_the_newest_version_counts_whichever_machine_made_it(store: ArtifactStore, tmp_path: Path) -> None:
+    """A training that one machine began and another went on with, before it comes back to the first."""
+    bucket(store)
+    first, other = (Parts(machine(store, tmp_path / name), "finetune", ["state"]) for name in ("first", "other"))
+    (first.folder / "state").write_text("step 100")
+    first.commit()
+    other.fetch()
+    (other.folder / "unfinished").write_text("step 500")
+    (other.folder / "unfinished").rename(other.folder / "state")
+    other.commit()
+    again = Parts(machine(store, tmp_path / "first"), "finetune", ["state"])
+    again.fetch()
+    assert (again.folder / "state").read_text() == "step 500"
+    (again.folder / "unfinished").write_text("step 600, in no store yet")
+    (again.folder / "unfinished").rename(again.folder / "state")
+    again.fetch()
+    assert (again.folder / "state").read_text() == "step 600, in no store yet"
+
+
 def test_a_piece_that_another_run_commits_while_the_store_is_asked_stays(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tasks.algorithms.prompts import prompt_ids
 from tasks.domain.errors import DataError
@@ -61,13 +61,18 @@ def _load(folder: str, dtype: str, device: str) -> Any:
 
 
 def _windows(request: dict[str, Any], tokenizer: Any) -> list[list[int]]:
-    """The joined text in windows of equal length; what is left over at its end is not used."""
+    """The joined text in windows of equal length, each after the tokenizer's start token if it sets one; what is left
+    over at its end is not used.
+    """
+    start = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_token_id]
     text = "\n\n".join(json.loads(Path(request["text"]).read_text()))
     ids = tokenizer.encode(text, add_special_tokens=False)
     length = min(request["length"], len(ids))
     if length < 2:
         raise DataError("evaluate.held_out: the text has fewer than two tokens; give a longer one")
-    return [ids[first : first + length] for first in range(0, len(ids) - length + 1, length)][: request["windows"]]
+    return [start + ids[first : first + length] for first in range(0, len(ids) - length + 1, length)][
+        : request["windows"]
+    ]
 
 
 def _own_outputs(
@@ -77,6 +82,7 @@ def _own_outputs(
     prompts = [prompt_ids(tokenizer, messages) for messages in json.loads(Path(request["prompts"]).read_text())]
     torch.manual_seed(request["seed"])
     ends = {*_as_list(model.generation_config.eos_token_id), *_as_list(tokenizer.eos_token_id)}
+    model.generation_config = GenerationConfig()  # else the checkpoint's repetition penalty and the like would count
     batch, device = request["runtime"]["batch"], model.device
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]

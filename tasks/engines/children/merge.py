@@ -16,7 +16,7 @@ from tasks.engines.children.border import Report, serve
 
 # Before the cast only the order of the sums differs; behind it, a weak adapter is no larger than the rounding.
 MAX_BEFORE_CAST = 1e-3
-MAX_RELATIVE_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.1}
+MAX_RELATIVE_DIFFERENCE = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.1}
 PROBE_TOKENS = 48
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md")
 
@@ -45,8 +45,7 @@ def merge(request: dict[str, Any], out: Path, report: Report) -> None:
         shutil.copytree(request["checkpoint"], out, ignore=others, dirs_exist_ok=True)
         report(0.7, "reloading")
         merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-        allowed = MAX_RELATIVE_DIFFERENCE[str(dtype).removeprefix("torch.")]
-        _compare("merged logits", merged(input_ids=probe).logits, expected, allowed)
+        _compare("merged logits", merged(input_ids=probe).logits, expected, MAX_RELATIVE_DIFFERENCE[dtype])
     tied = bool(merged.config.tie_word_embeddings)
     same = merged.get_input_embeddings().weight.data_ptr() == merged.get_output_embeddings().weight.data_ptr()
     if tied and not same:
