@@ -44,8 +44,8 @@ UNIT = rf"(?: ?/? ?(?!{NO_UNIT})[a-z]{{2,}}){{0,4}}+"  # of a quantity: "3 apple
 FIGURE = r"(?:\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})%?"
 TERM = rf"\({{0,3}}+{FIGURE}{UNIT}\){{0,3}}+"
 EQUATION = re.compile(
-    r"(?<![\w.,)%/*+^:(-])(?<![)%/*+^\d(-] )(?<!\bof )(?<!\btimes )"
-    rf"(?P<left>{TERM}(?: ?[-+*/] ?{TERM}){{1,20}}+) ?= ?(?P<right>-?{FIGURE})"
+    r"(?<![\w.,)%/*+^:(\u221a-])(?<![)%/*+^\d(-] )(?<!\bof )(?<!\btimes )"
+    rf"(?P<left>{TERM}(?: ?[-+*/] ?{TERM}){{1,20}}+) ?= ?(?P<right>-?{FIGURE})(?P<unit>(?: (?!{NO_UNIT})[a-z]{{2,}})?+)"
     rf"(?![\w^]|[.,]\d| \d| (?:{SCALE_WORDS})\b|{UNIT} ?[-+*/^(] ?[\d(a-z.])",
     re.I,
 )
@@ -81,15 +81,16 @@ def shows_steps(text: str, reference: str, prompt: str) -> bool:
 def has_false_equation(text: str) -> bool:
     """Whether the two sides of an equation of plain numbers, with units or without, differ by more than rounding.
 
-    What may be right in some reading is let pass: per cent for hundredths, "a / b / c", and a proper fraction by
-    itself, as in "1/2 hour = 30 minutes".
+    What may be right in some reading is let pass: per cent for hundredths or of what stands before it, "a / b / c", a
+    proper fraction by itself, as in "1/2 hour = 30 minutes", sums of several units, and a result in a new one.
     """
     for pattern, plain in PLAIN_SUMS:
         text = pattern.sub(plain, text)
-    return any(_is_false(equation["left"], equation["right"]) for equation in EQUATION.finditer(text))
+    return any(_is_false(**equation.groupdict()) for equation in EQUATION.finditer(text))
 
 
-def _is_false(left: str, right: str) -> bool:
+def _is_false(left: str, right: str, unit: str) -> bool:
+    units = {name.lower().rstrip("s") for name in re.findall(r"[\d)%] ?([a-z]{2,})", left, re.I)}
     left = re.sub(r" ?/? ?[a-z]+", "", left, flags=re.I)
     left = left if left.count("(") == left.count(")") else left.strip("()")
     shown, percent = Fraction(right.rstrip("%")), right.endswith("%")
@@ -100,6 +101,10 @@ def _is_false(left: str, right: str) -> bool:
         return False
     signs = re.findall(r"[-+*/]", left)
     if signs.count("/") > 1 or (signs == ["/"] and as_numbers < 1):
+        return False
+    if not {"*", "/"} & set(signs) and (len(units) > 1 or 0 < left.count("%") <= len(signs)):
+        return False
+    if units and unit and unit.strip().lower().rstrip("s") not in units:
         return False
     readings = {as_numbers, as_hundredths} if percent or "%" in left else {as_numbers}
     last_digit = Fraction(1, 10 ** len(right.rstrip("%").partition(".")[2]))

@@ -17,10 +17,9 @@ from tasks.domain.errors import ArtifactError, ConfigError
 from tasks.domain.stage import KEY_LENGTH, Stage, changed_fields
 from tasks.store.artifacts import CHUNK, LEASE, MANIFEST, PLANS, QUARANTINE, REPORTS, ArtifactStore, Manifest
 from tasks.store.mirror import ENTRY, sha256_of
-from tasks.store.parts import PARTS
+from tasks.store.parts import PARTS, PIECES_KEPT
 
 READERS = 16  # manifests read at the same time
-PIECES_KEPT = 14 * 86400.0  # seconds; shards serve later runs on some of the same rows, too
 DEAD_LEASE = 600.0  # seconds; a living holder renews it three times in half a minute
 
 

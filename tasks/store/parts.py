@@ -19,6 +19,7 @@ from tasks.store.conditional import link
 from tasks.store.mirror import sha256_of
 
 PARTS = "parts"
+PIECES_KEPT = 14 * 86400.0  # seconds; shards serve later runs on some of the same rows, too
 COMMITTED = 0o100444  # mode of a local piece that the store has or had
 
 
@@ -34,8 +35,9 @@ class Parts:
 
     def fetch(self) -> None:
         """Bring what the store has and this machine has not, or has an older version of; drop what the store had and
-        has no more.
+        has no more, and what was left here long ago.
         """
+        self._drop_stale()
         gone, found, asked = set(self.names), set[str](), time.time()
         for path in self._stored_versions(f"{PARTS}/{self.stage}"):
             name, _, digest = path.rpartition("/")
@@ -81,6 +83,15 @@ class Parts:
         for name in self.names:
             (self.folder / name).unlink(missing_ok=True)
             self._remove_versions(name)
+
+    def _drop_stale(self) -> None:
+        """Copies of stored pieces, and unfinished ones, whose run never came back to this machine."""
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                here = path.stat()
+                stale = time.time() - here.st_mtime > PIECES_KEPT
+                if stale and (here.st_mode == COMMITTED or path.name.startswith(".")):
+                    path.unlink()
 
     def _has(self, name: str, digest: str) -> bool:
         """Whether this machine's piece is that version, or is newer, since no store has it yet."""

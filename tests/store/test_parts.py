@@ -12,7 +12,7 @@ import pytest
 
 from tasks.store.artifacts import LEASE, ArtifactStore
 from tasks.store.housekeeping import stale_pieces
-from tasks.store.parts import Parts
+from tasks.store.parts import PIECES_KEPT, Parts
 from tests.store.conftest import objects
 
 
@@ -56,6 +56,20 @@ def test_the_newest_version_counts_whichever_machine_made_it(store: ArtifactStor
     (again.folder / "unfinished").rename(again.folder / "state")
     again.fetch()
     assert (again.folder / "state").read_text() == "step 600, in no store yet"
+
+
+def test_what_was_left_on_a_machine_long_ago_goes_but_for_what_no_store_has(store: ArtifactStore) -> None:
+    bucket(store)
+    parts = Parts(store, "finetune", ["old", "new"])
+    for name in parts.names:
+        (parts.folder / name).write_text(name)
+    parts.commit()
+    (parts.folder / ".unfinished").write_text("half")
+    (parts.folder / "in no store").write_text("finished")
+    for name in ("old", ".unfinished", "in no store"):
+        os.utime(parts.folder / name, (0, (parts.folder / name).stat().st_mtime - PIECES_KEPT - 1))
+    Parts(store, "finetune", []).fetch()
+    assert {path.name for path in parts.folder.iterdir()} == {"new", "in no store"}
 
 
 def test_a_piece_that_another_run_commits_while_the_store_is_asked_stays(
