@@ -12,6 +12,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 from prefect.states import State
 
+from tasks.algorithms.overlap import BenchmarkText
 from tasks.domain.recipe import Calibration, Runtime, Score
 from tasks.domain.stage import Stage, json_lines
 from tasks.engines.child import Progress, run_child
@@ -21,6 +22,7 @@ from tasks.prune import refuse_what_cannot_be_cut
 from tasks.rows import benchmark_text
 from tasks.store.sources import read_table
 
+SURE_WORDS = 64  # are tokens enough for a sample, whatever the tokenizer
 COMMIT_SECONDS = 30  # a killed pass repeats at most about so much
 
 
@@ -43,7 +45,7 @@ def score_blocks(
         documents = _prompts(folder_of(rows)) if rows else _texts(calibration, commit)
         random.Random(calibration.seed).shuffle(documents)
         known = None if rows else benchmark_text(stage, benchmarks)  # rows were checked when they were drawn
-        clean = [text for text in documents if not (known and known.overlaps(text))]
+        clean, overlapping = _first_clean(documents, known, calibration.samples)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(clean, file)
             file.flush()
@@ -60,11 +62,29 @@ def score_blocks(
         if ranked["warning"]:
             get_run_logger().warning("%s", ranked["warning"])
         return {
-            "samples": ranked["samples"], "overlapping": len(documents) - len(clean), "warning": ranked["warning"],
+            "samples": ranked["samples"], "overlapping": overlapping, "warning": ranked["warning"],
             "best_start": {str(count + 1): starts[0] for count, starts in enumerate(ranked["starts_by_count"])},
         }  # fmt: skip
 
     return materialise(stage, produce, runtime, pieces=[sums])
+
+
+def _first_clean(documents: list[Any], known: BenchmarkText | None, samples: int) -> tuple[list[Any], int]:
+    """As many documents, in their order, as have so many samples for sure, and how many before them overlap.
+
+    A hub's table has hundreds of thousands.
+    """
+    clean: list[Any] = []
+    overlapping = sure = 0
+    for document in documents:
+        if known and known.overlaps(document):
+            overlapping += 1
+            continue
+        clean.append(document)
+        sure += isinstance(document, str) and len(document.split()) >= SURE_WORDS
+        if sure == samples:
+            break
+    return clean, overlapping
 
 
 def _texts(calibration: Calibration, commit: str | None) -> list[Any]:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import tasks.prune
 import tasks.score
 from flows.plan import build_plan
+from tasks.algorithms.overlap import BenchmarkText
 from tasks.domain.errors import EngineError, GateError
 from tasks.domain.recipe import Preset, Prune, Runtime, load_preset
 from tasks.domain.span import Span
@@ -107,6 +108,23 @@ def test_a_killed_pass_goes_on_and_ends_with_the_same_bytes(preset: Preset, monk
     assert contents(folder_of(scoring(preset))) == undisturbed
     assert int(seen[0].split()[0]) > 20, "what was committed is not repeated"
     assert not objects(store, "parts/score")
+
+
+def test_no_more_texts_are_checked_than_the_samples_need() -> None:
+    """Of a hub's hundreds of thousands."""
+    looked: list[str] = []
+
+    class Watched(BenchmarkText):
+        def overlaps(self, text: str) -> bool:
+            looked.append(text)
+            return super().overlaps(text)
+
+    known = Watched([LEAKED], 13)
+    long = [" ".join(f"word{number}-{place}" for place in range(64)) for number in range(50)]
+    documents = ["a short one", LEAKED, *long]
+    assert tasks.score._first_clean(documents, known, 3) == (["a short one", *long[:3]], 1)
+    assert looked == documents[:5]
+    assert tasks.score._first_clean(documents[:2], known, 3) == (["a short one"], 1), "the child says how many it found"
 
 
 def test_a_cut_that_fails_its_gate_is_not_published(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
