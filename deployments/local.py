@@ -60,8 +60,8 @@ def environment(*, prefect: bool) -> Iterator[None]:
     with ExitStack() as stack:
         os.environ.setdefault("SDD_MIRROR", str(STATE / "mirror"))
         os.environ.setdefault("SDD_HOME", str(Path(__file__).parents[1]))  # where workers find the code
-        direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (direct, "127.0.0.1")))
+        direct = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "127.0.0.1").split(",")
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(dict.fromkeys([*direct, "127.0.0.1"]))
         if "SDD_STORE" not in os.environ:
             for name in FOREIGN_S3:
                 os.environ.pop(name, None)

@@ -41,8 +41,9 @@ def evaluate_checkpoint(checkpoint: str, settings: Evaluate, runtime: Runtime = 
         wheel = benchmark_items(settings)
         items = load_benchmarks.submit(wheel, settings.benchmarks) if wheel else None
         slug = manifest.address.split("/")[1][: -KEY_LENGTH - 1]
-        stages = evaluations(settings, published(manifest, slug), slug)
-        store.announce(str(flow_run.id), [published(manifest, slug), *stages.values(), *([wheel] if wheel else [])])
+        scored = published(manifest, slug)
+        stages = evaluations(settings, scored, slug)
+        store.announce(str(flow_run.id), filter(None, [wheel, scored, *stages.values()]))
         refs = evaluate.submit(stages, slug, ref_of(store, manifest, "hit"), items, settings, runtime).result()
     scores = {task: ref["facts"] for task, ref in refs.items()}
     fields = ("metric", "value", "stderr", "items")

@@ -93,22 +93,22 @@ def _is_false(left: str, right: str, unit: str) -> bool:
     units = {name.lower().rstrip("s") for name in re.findall(r"[\d)%] ?([a-z]{2,})", left, re.I)}
     left = re.sub(r" ?/? ?[a-z]+", "", left, flags=re.I)
     left = left if left.count("(") == left.count(")") else left.strip("()")
-    shown, percent = Fraction(right.rstrip("%")), right.endswith("%")
+    shown, percent = right.rstrip("%"), right.endswith("%")
     try:
-        as_numbers = _value(left.replace("%", ""))
-        as_hundredths = _value(re.sub(r"([\d.]+)%", r"(\1/100)", left)) * (100 if percent else 1)
+        readings = [_value(left.replace("%", ""))]
+        if percent or "%" in left:
+            readings.append(_value(re.sub(r"([\d.]+)%", r"(\1/100)", left)) * (100 if percent else 1))
     except (SyntaxError, ZeroDivisionError):
         return False
     signs = re.findall(r"[-+*/]", left)
-    if signs.count("/") > 1 or (signs == ["/"] and as_numbers < 1):
+    if signs.count("/") > 1 or (signs == ["/"] and readings[0] < 1):
         return False
     if not {"*", "/"} & set(signs) and (len(units) > 1 or 0 < left.count("%") <= len(signs)):
         return False
     if units and unit and unit.strip().lower().rstrip("s") not in units:
         return False
-    readings = {as_numbers, as_hundredths} if percent or "%" in left else {as_numbers}
-    last_digit = Fraction(1, 10 ** len(right.rstrip("%").partition(".")[2]))
-    return all(abs(value - shown) >= max(last_digit, ROUNDING * abs(value)) for value in readings)
+    last_digit = Fraction(1, 10 ** len(shown.partition(".")[2]))
+    return all(abs(value - Fraction(shown)) >= max(last_digit, ROUNDING * abs(value)) for value in readings)
 
 
 def _value(sums: str | ast.expr) -> Fraction:

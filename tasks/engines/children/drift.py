@@ -70,9 +70,8 @@ def _windows(request: dict[str, Any], tokenizer: Any) -> list[list[int]]:
     length = min(request["length"], len(ids))
     if length < 2:
         raise DataError("evaluate.held_out: the text has fewer than two tokens; give a longer one")
-    return [start + ids[first : first + length] for first in range(0, len(ids) - length + 1, length)][
-        : request["windows"]
-    ]
+    windows = [start + ids[first : first + length] for first in range(0, len(ids) - length + 1, length)]
+    return windows[: request["windows"]]
 
 
 def _own_outputs(
