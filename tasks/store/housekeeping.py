@@ -132,9 +132,8 @@ def unneeded(store: ArtifactStore, newest: int, runs: Sequence[str], age: float)
     and so does what a run needs that began since then, and whatever somebody holds a lease on.
     Raises ConfigError when a report of `runs` is not there, ArtifactError when one cannot be read.
     """
-    now = _now(store)
-    keep = _reported(store, newest, runs) | _planned(store, now - age)
-    entries = listing(store)
+    keep, entries, now = _reported(store, newest, runs), listing(store), _now(store)
+    keep |= _planned(store, now - age)
     found = dict(manifests(store, [address for address, entry in entries.items() if entry.is_artifact]))
     inputs = {m.key: m.identity["inputs"].values() for m in found.values() if isinstance(m, Manifest)}
     keep |= {m.key for address, m in found.items() if isinstance(m, Manifest) and now - entries[address].changed <= age}

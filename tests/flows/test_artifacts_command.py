@@ -287,6 +287,15 @@ def test_gc_needs_to_know_what_to_keep(
     assert addresses(store) == {stage.address for stage in STAGES}
 
 
+def test_gc_of_a_store_without_a_bucket_says_the_same(
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = f"s3://{uuid4().hex}/artifacts" if store.root.startswith("s3://") else f"{store.root}-none"
+    monkeypatch.setenv("SDD_STORE", none)
+    status, text = run(capsys, "gc", "--delete")
+    assert status == 2 and "says what to keep" in text
+
+
 def test_gc_stops_at_a_report_that_it_cannot_read(
     store: ArtifactStore, capsys: pytest.CaptureFixture[str], next_week: None
 ) -> None:
